@@ -1,0 +1,38 @@
+"""Shared fixtures: the reference material beside the repository, and a cap on threads so that tests run side by side."""
+
+import os
+from pathlib import Path
+
+# Triton decides when it is imported whether kernels run in its interpreter, so this precedes every import of torch.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference texts, test vectors and data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"reference material not found at ../{SHARED.name}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def vectors(shared: Path) -> Path:
+    """The folder of numeric test vectors."""
+    return shared / "vectors"
