@@ -1,0 +1,171 @@
+"""Processes: how ranks are started, what they share, and BatchNorm over the global batch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from simclr_fast.config import ConfigError
+
+
+def launched() -> bool:
+    """Whether a launcher (ours or torchrun) started this process as one rank of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size(gpus: int | None, ranks: int) -> int:
+    """Processes that the flags ask for, checked against the GPUs that are visible.
+
+    Raises:
+        ConfigError: more GPUs are asked for than are visible, or `ranks` is given where there are GPUs to use.
+    """
+    visible = torch.cuda.device_count()
+    if gpus is not None and gpus > visible:
+        raise ConfigError(f"gpus must be at most the number of visible GPUs, {visible}, got gpus={gpus}")
+    used = visible if gpus is None else gpus
+    if used and ranks > 1:
+        raise ConfigError(f"ranks counts CPU processes and needs gpus=0, got ranks={ranks}, gpus={used}")
+    return int(os.environ["WORLD_SIZE"]) if launched() else used or ranks
+
+
+def launch(module: str, argv: Sequence[str], ranks: int) -> int:
+    """Run `python -m module argv` as `ranks` processes on this host through torch's elastic launcher.
+
+    Returns:
+        The exit status: 0, or that of the first rank that failed.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    plan = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, max_restarts=0, start_method="spawn",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+    )  # fmt: skip
+    try:
+        elastic_launch(plan, sys.executable)("-m", module, *argv)
+    except ChildFailedError as error:
+        return abs(error.get_first_failure()[1].exitcode) or 1
+    except (KeyboardInterrupt, SignalException):
+        return 130
+    return 0
+
+
+class Ranks:
+    """This process among the others: `rank`, `world`, `device`, and `group` (None when alone)."""
+
+    def __init__(self, use_gpu: bool) -> None:
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local, per_host = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.threads = max(1, len(os.sched_getaffinity(0)) // per_host)
+        self.device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
+        if use_gpu:
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(self.threads)
+        self.group: dist.ProcessGroup | None = None
+        if self.world > 1:
+            dist.init_process_group("nccl" if use_gpu else "gloo", device_id=self.device if use_gpu else None)
+            self.group = dist.group.WORLD
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.group is not None:
+            dist.destroy_process_group()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of a tensor over the ranks."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+            values = values / self.world
+        return values
+
+    def sharded(self, count: int, compute: Callable[[range], Tensor]) -> Tensor:
+        """Rows `compute(range)` of all `count` items, each rank computing a contiguous share, in order on every rank."""
+        share = -(-count // self.world)
+        rows = compute(range(min(count, self.rank * share), min(count, (self.rank + 1) * share)))
+        if self.group is None:
+            return rows
+        padded = rows.new_zeros(share, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat(parts)[:count]
+
+
+def global_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make every BatchNorm take its statistics over all ranks, as the original does; torch has this for GPUs only."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.__class__ = _GLOBAL[type(module)]
+    return model
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose training statistics are those of the global batch (equal counts on all ranks)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes = [0, *range(2, x.ndim)]
+        var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), axes, correction=0)
+        # float64: the square of the mean is added here and taken away again below.
+        mean, var = mean.double(), var.double()
+        mean, square = _SumOverRanks.apply(torch.stack([mean, var + mean**2])).unbind() / dist.get_world_size()
+        var = square - mean**2
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        self._update(mean.detach(), var.detach() * (count / max(1, count - 1)))
+        shape = (1, -1, *(1 for _ in axes[1:]))
+        scale = self.weight / torch.sqrt(var + self.eps).to(self.weight.dtype)
+        shift = -mean.to(scale.dtype) * scale + (0 if self.bias is None else self.bias)
+        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        self.num_batches_tracked += 1
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
+
+
+class _GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
+    pass
+
+
+class _GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
+    pass
+
+
+_GLOBAL: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: _GlobalBatchNorm1d,
+    nn.BatchNorm2d: _GlobalBatchNorm2d,
+}
