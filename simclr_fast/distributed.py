@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,10 +15,17 @@ from torch import Tensor, nn
 
 from simclr_fast.config import ConfigError
 
+T = TypeVar("T")
+
 
 def launched() -> bool:
     """Whether a launcher (ours or torchrun) started this process as one rank of several."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks: rank 0, or alone."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def world_size(gpus: int | None, ranks: int) -> int:
@@ -48,6 +57,7 @@ def launch(module: str, argv: Sequence[str], ranks: int) -> int:
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, max_restarts=0, start_method="spawn",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0",
     )  # fmt: skip
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
     try:
         elastic_launch(plan, sys.executable)("-m", module, *argv)
     except ChildFailedError as error:
@@ -79,9 +89,21 @@ class Ranks:
         """Whether this rank writes files and speaks."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.group is not None:
-            dist.barrier()
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """What `compute` gives, or raises, on the main rank, on every rank."""
+        if self.group is None:
+            return compute()
+        outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+        if self.main:
+            try:
+                outcome = [(compute(), None)]
+            except Exception as error:
+                outcome = [(None, error)]
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        value, failure = outcome[0]
+        if failure is not None:
+            raise failure
+        return cast(T, value)
 
     def close(self) -> None:
         if self.group is not None:
@@ -94,10 +116,11 @@ class Ranks:
             values = values / self.world
         return values
 
-    def sharded(self, count: int, compute: Callable[[range], Tensor]) -> Tensor:
-        """Rows `compute(range)` of all `count` items, each rank computing a contiguous share, in order on every rank."""
+    def sharded(self, count: int, compute: Callable[[slice], Tensor]) -> Tensor:
+        """Rows `compute(slice)` of all `count` items, each rank computing a contiguous share, in order on every rank."""
         share = -(-count // self.world)
-        rows = compute(range(min(count, self.rank * share), min(count, (self.rank + 1) * share)))
+        # A rank without a share computes the last row once more; it is cut off below.
+        rows = compute(slice(min(self.rank * share, count - 1), min(count, (self.rank + 1) * share)))
         if self.group is None:
             return rows
         padded = rows.new_zeros(share, *rows.shape[1:])

@@ -33,13 +33,13 @@ def accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor,
 
 
 @torch.no_grad()
-def features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], width: int) -> Tensor:
-    """Features [n, width], fp32 on the CPU, of the images in (images, indices) batches; the encoder is in eval mode."""
+def features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Features [n, d], fp32, of the images in (images, indices) batches, by the encoder in eval mode."""
     training = encoder.training
     encoder.eval()
-    rows = [encoder(images).float().cpu() for images, _ in batches]
+    rows = [encoder(images).float() for images, _ in batches]
     encoder.train(training)
-    return torch.cat(rows) if rows else torch.zeros(0, width)
+    return torch.cat(rows)
 
 
 @torch.no_grad()

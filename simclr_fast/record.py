@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 METRICS = "metrics.jsonl"
 PLAIN_INTERVAL_S = 10.0  # between lines where the output is no terminal
@@ -61,57 +64,68 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 class Recorder:
-    """Metrics of a run: appended to metrics.jsonl and TensorBoard."""
+    """Metrics of a run: kept, and appended to metrics.jsonl and TensorBoard."""
 
-    def __init__(self, folder: Path, step: int) -> None:
-        """Open the records of `folder`, cut back to those up to `step`, where a resumed run takes up."""
+    def __init__(self, folder: Path | None, step: int) -> None:
+        """Open the records of `folder`, cut back to those up to `step`, where the run takes up; None writes nothing."""
+        self.records: list[dict[str, Any]] = []
+        self._file: IO[str] | None = None
+        if folder is None:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = [record for record in read_metrics(folder) if record["step"] <= step]
-        write_text(folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
-        self.records = kept
-        self._file: IO[str] = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.records = [entry for entry in read_metrics(folder) if entry["step"] <= step]
+        write_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in self.records))
+        self._file = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it has at least `step`."""
-        self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
+    def write(self, entry: dict[str, Any]) -> None:
+        """Add one record; it has at least `step`."""
+        self.records.append(entry)
+        if self._file is None:
+            return
+        self._file.write(json.dumps(entry) + "\n")
+        for name, value in entry.items():
             if isinstance(value, float):
-                self._board.add_scalar(name, value, record["step"])
+                self._board.add_scalar(name, value, entry["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
 
 class Progress:
     """One line that is redrawn on a terminal; elsewhere a plain line every few seconds."""
 
-    def __init__(self, total: int, step: int, speak: bool) -> None:
-        self.total, self._first, self._speak = total, step, speak
-        self._live = speak and sys.stdout.isatty()
+    def __init__(self, speak: bool) -> None:
+        self._console = Console(quiet=not speak, highlight=False, markup=False, soft_wrap=True)
+        self._live = Live(console=self._console, auto_refresh=False)
+
+    @contextmanager
+    def running(self, step: int, total: int) -> Iterator[None]:
+        """Around the work whose progress is shown: `step` of `total` steps are done already."""
+        self._first, self._total = step, total
         self._start = self._shown = time.monotonic()
+        with self._live if self._console.is_terminal else nullcontext():
+            yield
 
     def show(self, step: int, text: str, *, always: bool = False) -> None:
-        """Show `text` and the time that is left, `step` of the run's steps being done."""
+        """Show `text` and the time that is left, `step` steps being done."""
         now = time.monotonic()
-        if not self._speak or not (always or now - self._shown > (0.2 if self._live else PLAIN_INTERVAL_S)):
+        if not always and now - self._shown < (0.2 if self._console.is_terminal else PLAIN_INTERVAL_S):
             return
         self._shown = now
-        left = (now - self._start) / max(1, step - self._first) * (self.total - step)
+        left = (now - self._start) / max(1, step - self._first) * (self._total - step)
         line = f"{text} · {_clock(left)} left"
-        if self._live:
-            width = os.get_terminal_size().columns if sys.stdout.isatty() else 160
-            print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
+        if self._console.is_terminal:
+            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
         else:
-            print(line, flush=True)
+            self.say(line)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        if self._speak:
-            print(f"\r\x1b[K{text}" if self._live else text, flush=True)
+        self._console.print(text)
 
 
 def _clock(seconds: float) -> str:

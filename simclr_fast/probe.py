@@ -1,0 +1,117 @@
+"""What an encoder has learnt of a data set: its kNN accuracy, and pictures of its views and neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simclr_fast import knn
+from simclr_fast.data import Dataset, Policy, Split, eval_images, train_views
+
+EVAL_BATCH = 250
+BANK = 50_000  # images, evenly spaced, that stand for a larger training set
+PIXEL_NUMBERS = 2**28  # numbers in the bank's images up to which kNN on raw pixels is computed
+SHOWN_VIEWS, SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 6, 6
+
+Sharded = Callable[[int, Callable[[slice], Tensor]], Tensor]
+
+
+class Probe:
+    """Looks at encoders through one data set. The labels are used here and nowhere else."""
+
+    def __init__(
+        self, dataset: Dataset, policy: Policy, sharded: Sharded, autocast: AbstractContextManager, engine: dict[str, Any]
+    ) -> None:
+        """
+        Args:
+            sharded: `Ranks.sharded`, which spreads the images over the ranks.
+            autocast: the precision that the encoder runs in.
+            engine: `workers`, `device` and `engine` of the input pipeline.
+        """
+        self.dataset, self.policy, self._sharded, self._autocast, self._engine = dataset, policy, sharded, autocast, engine
+        self.train, self.test = dataset.train, dataset.test
+        self.bank = np.unique(np.linspace(0, len(self.train) - 1, min(BANK, len(self.train))).astype(np.int64))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there are labels and test images, and so an accuracy."""
+        return self.train.labels is not None and self.test is not None and self.test.labels is not None
+
+    @property
+    def note(self) -> str:
+        """Why there is no accuracy, or nothing."""
+        if self.labelled:
+            return ""
+        return f"no kNN accuracy: the data have no {'test images' if self.train.labels is not None else 'classes'}"
+
+    def accuracy(self, encoder: nn.Module) -> float:
+        """kNN accuracy on the test images, a fraction; the training images are the neighbours."""
+        assert self.test is not None and self.train.labels is not None and self.test.labels is not None
+        bank = self._features(encoder, self.train, self.bank)
+        queries = self._features(encoder, self.test, np.arange(len(self.test)))
+        labels = [torch.as_tensor(labels, device=bank.device) for labels in (self.train.labels[self.bank], self.test.labels)]
+        return knn.accuracy(bank, labels[0], queries, labels[1])
+
+    def untrained(self, encoder: nn.Module) -> dict[str, float]:
+        """Accuracies without training: of raw pixels, and of an encoder with its first weights."""
+        if not self.labelled:
+            return {}
+        found = {}
+        if len(self.bank) * 3 * self.policy.size**2 <= PIXEL_NUMBERS:
+            found["raw pixels"] = self.accuracy(nn.Flatten())
+        with self._autocast:
+            some = self.bank[:: max(1, len(self.bank) // (4 * EVAL_BATCH))]
+            found["untrained encoder"] = self.accuracy(knn.calibrated(encoder, self._images(self.train, some)))
+        return found
+
+    def pictures(self, encoder: nn.Module, seed: int) -> dict[str, Any]:
+        """For the report: `views` [n, 3, S, S, 3] uint8 (image, view 1, view 2), and `neighbours` of a few test images."""
+        batch = min(SHOWN_VIEWS, len(self.train))
+        first, second, indices = next(
+            iter(train_views(self.train, self.policy, batch=batch, seed=seed, start_step=0, steps=1, **self._engine))
+        )
+        originals = self._pixels(self.train, np.asarray(indices))
+        return {
+            "views": np.stack([originals, self._to_uint8(first), self._to_uint8(second)], axis=1),
+            "neighbours": self._neighbours(encoder),
+        }
+
+    def _neighbours(self, encoder: nn.Module) -> list[tuple[np.ndarray, str | None, list[tuple[np.ndarray, str | None, float]]]]:
+        split = self.test or self.train
+        queries = np.linspace(0, len(split) - 1, min(SHOWN_QUERIES, len(split))).astype(np.int64)
+        skip = int(split is self.train)  # an image's nearest neighbour in its own set is itself
+        similarities, rows = knn.nearest(
+            self._features(encoder, self.train, self.bank), self._features(encoder, split, queries), SHOWN_NEIGHBOURS + skip
+        )
+        found = []
+        for query, similar, row, image in zip(queries, similarities, rows, self._pixels(split, queries), strict=True):
+            near = self.bank[row[skip:].cpu().numpy()]
+            labels = [self._label(self.train, index) for index in near]
+            triples = list(zip(self._pixels(self.train, near), labels, similar[skip:].tolist(), strict=True))
+            found.append((image, self._label(split, query), triples))
+        return found
+
+    def _label(self, split: Split, index: int) -> str | None:
+        return None if split.labels is None else self.dataset.classes[int(split.labels[index])]
+
+    def _images(self, split: Split, indices: np.ndarray) -> Any:
+        return eval_images(split, self.policy, batch=EVAL_BATCH, indices=indices, **self._engine)
+
+    def _features(self, encoder: nn.Module, split: Split, indices: np.ndarray) -> Tensor:
+        with self._autocast:
+            return self._sharded(
+                len(indices), lambda rows: knn.features(encoder, self._images(split, indices[rows]))
+            )
+
+    def _pixels(self, split: Split, indices: np.ndarray) -> np.ndarray:
+        return np.concatenate([self._to_uint8(images) for images, _ in self._images(split, indices)])
+
+    def _to_uint8(self, images: Tensor) -> np.ndarray:
+        """Normalised [n, 3, S, S] -> uint8 [n, S, S, 3]."""
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.policy.mean, self.policy.std))
+        return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,339 @@
+"""Pretrain an encoder: `python -m simclr_fast.train`. This file joins the parts; none of them knows it.
+
+JPEGs -> two augmented views -> encoder -> projection head -> NT-Xent over all ranks -> LARS -> checkpoint, records, report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr_fast import checkpoint, methods
+from simclr_fast.config import Config, ConfigError, choose
+from simclr_fast.data import DataError, Dataset, Policy, open_dataset, train_views
+from simclr_fast.distributed import Ranks, global_batchnorm, is_main, launch, launched, world_size
+from simclr_fast.environment import cpu_has_bf16, device_name, slower_for, versions
+from simclr_fast.optim import LARS, Schedule, describe_lr, lars_param_groups, scaled_lr, total_steps, warmup_steps
+from simclr_fast.probe import Probe
+from simclr_fast.record import METRICS, Progress, Recorder, RunError, claimed, read_metrics, write_text
+from simclr_fast.report import write_report
+
+MODULE = "simclr_fast.train"
+PAPER_WARMUP_EPOCHS = 10.0
+
+
+def parse(argv: Sequence[str]) -> Config:
+    """The settings: those of the preset or of --config, and the flags over them."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("method", "preset", "data", "config"):
+        first.add_argument(f"--{flag}")
+    given = first.parse_known_args(argv)[0]
+    if given.config and given.preset:
+        raise ConfigError(f"preset must not be given with config, which holds every setting, got {given.preset!r}")
+    saved = _saved_settings(Path(given.config)) if given.config else {}
+    method = methods.load(given.method or saved.get("method", Config.method))
+    data = given.data or saved.get("data", Config.data)
+    preset = choose("preset", given.preset or Config.preset, ["auto", *method.PRESETS])
+    start = ("shapes" if data == "shapes" else "none") if preset == "auto" else preset
+    default = method.Config.of(saved or method.PRESETS[start], given.config or f"preset {start}")
+    cfg = tyro.cli(method.Config, prog=f"python -m {MODULE}", default=default, args=list(argv))
+    return dataclasses.replace(cfg, data=str(Path(cfg.data).resolve())) if Path(cfg.data).exists() else cfg
+
+
+def _saved_settings(path: Path) -> dict[str, Any]:
+    """The settings in a config.json, without those that belong to the folder it lies in."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config must be a readable config.json, got config={path}: {error}") from error
+    return {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
+
+
+class Run:
+    """One training run, as one rank sees it: what it is made of, and where it stands."""
+
+    def __init__(self, cfg: Any, ranks: Ranks, dataset: Dataset, state: dict[str, Any] | None) -> None:
+        self.cfg, self.ranks, self.dataset = cfg, ranks, dataset
+        self.folder, self.images = cfg.folder(), len(dataset.train)
+        self.policy = Policy(
+            cfg.image_size, dialect=cfg.dialect, min_area=cfg.min_area, jitter_strength=cfg.jitter, blur_p=cfg.blur
+        )
+        workers = ranks.threads if cfg.workers is None else cfg.workers
+        self.engine: dict[str, Any] = {"workers": workers, "device": ranks.device, "engine": cfg.loader}
+        fast_bf16 = ranks.device.type == "cuda" or cpu_has_bf16()
+        self.precision = ("bf16" if fast_bf16 else "fp32") if cfg.precision == "auto" else cfg.precision
+        self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        self.probe = Probe(dataset, self.policy, ranks.sharded, self.autocast, self.engine)
+
+        self.total = total_steps(self.images, cfg.epochs, cfg.batch)
+        warmup_epochs = min(PAPER_WARMUP_EPOCHS, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
+        peak = scaled_lr(cfg.base_lr, cfg.batch, cfg.lr_scaling)
+        self.schedule = Schedule(peak, warmup_steps(self.images, warmup_epochs, cfg.batch), self.total)
+
+        torch.manual_seed(cfg.seed)
+        self.method = methods.load(cfg.method).Method(cfg)
+        self.method.to(ranks.device, memory_format=torch.channels_last)
+        groups = lars_param_groups(self.method, cfg.weight_decay)
+        self.optimizer = LARS(groups, lr=peak, trust_coefficient=cfg.trust_coefficient)
+        self.step, self.best = 0, -math.inf
+        if state:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.best, self.untrained = state["step"], state["best"], state["untrained"]
+        else:
+            self.untrained = self.probe.untrained(self.method.encoder)
+        self.model: nn.Module = self.method
+        if ranks.group is not None:
+            self.method.group = ranks.group
+            global_batchnorm(self.method, ranks.device)
+            # BatchNorm's statistics are equal on all ranks already, so the buffers need not be sent.
+            self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
+
+    @property
+    def chance_loss(self) -> float:
+        """ln(2N - 1): the loss of embeddings that tell no image from another."""
+        return math.log(2 * self.cfg.batch - 1)
+
+    def fit(self, recorder: Recorder, progress: Progress) -> None:
+        """Train from where the run stands to its end, with a checkpoint after every epoch.
+
+        The images are a stream that runs on over epoch borders: an epoch ends with the batch that completes it.
+        """
+        cfg = self.cfg
+        ends = {-(-epoch * self.images // cfg.batch): epoch for epoch in range(1, cfg.epochs)}
+        ends[self.total] = cfg.epochs
+        evaluated = {round(cfg.epochs * k / cfg.evaluations) for k in range(1, cfg.evaluations + 1)}
+        log_every = max(1, min(50, self.images // cfg.batch // 4))
+        views = iter(
+            train_views(
+                self.dataset.train, self.policy, batch=cfg.batch, seed=cfg.seed, start_step=self.step,
+                steps=self.total - self.step, rank=self.ranks.rank, world=self.ranks.world, **self.engine,
+            )
+        )  # fmt: skip
+        recent: list[Tensor] = []
+        epoch_losses: list[float] = []
+        began, waited = time.monotonic(), 0.0
+        while self.step < self.total:
+            asked = time.monotonic()
+            view1, view2, _ = next(views)
+            waited += time.monotonic() - asked
+            recent.append(self._train_step(torch.cat([view1, view2])))
+            epoch = ends.get(self.step)
+            if not epoch and self.step % log_every:
+                continue
+            entry = self._entry(recent, time.monotonic() - began, waited)
+            epoch_losses.append(entry["loss"])
+            score = -sum(epoch_losses) / len(epoch_losses)
+            if epoch and self.probe.labelled:
+                score = -math.inf
+                if epoch in evaluated:
+                    score = entry["knn_top1"] = self.probe.accuracy(self.method.encoder)
+            recorder.write(entry)
+            progress.show(self.step, self._line(entry), always=epoch is not None)
+            if epoch:
+                self._save(epoch, score)
+                epoch_losses = []
+            recent, began, waited = [], time.monotonic(), 0.0
+
+    def _train_step(self, views: Tensor) -> Tensor:
+        """One step on this rank's views; [loss, contrastive top-1] of its rows, still on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(self.step)
+        with self.autocast:
+            loss, stats = self.model(views)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return torch.stack([stats["loss"], stats["contrastive_top1"]])
+
+    def _entry(self, recent: list[Tensor], seconds: float, waited: float) -> dict[str, Any]:
+        """The record of the last few steps."""
+        loss, top1 = self.ranks.mean(torch.stack(recent).mean(0)).tolist()
+        lr = self.schedule(self.step - 1)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss became {loss} by step {self.step}, at lr {lr:.4g}; the checkpoint of the epoch before is in "
+                f"{self.folder}. Lower --base-lr or raise --temperature"
+            )
+        return {
+            "step": self.step,
+            "epoch": round(min(self.step * self.cfg.batch / self.images, self.cfg.epochs), 3),
+            "loss": loss,
+            "contrastive_top1": top1,
+            "lr": lr,
+            "images_per_s": len(recent) * self.cfg.batch / seconds,
+            "data_wait": waited / seconds,
+        }
+
+    def _line(self, entry: dict[str, Any]) -> str:
+        line = (
+            f"epoch {entry['epoch']:.1f}/{self.cfg.epochs} · loss {entry['loss']:.3f} (ln(2N-1) {self.chance_loss:.2f})"
+            f" · top-1 {entry['contrastive_top1']:.1%} · lr {entry['lr']:.3g} · {entry['images_per_s']:,.0f} images/s"
+            f" · waiting for data {entry['data_wait']:.0%}"
+        )
+        return line + (f" · kNN {entry['knn_top1']:.1%}" if "knn_top1" in entry else "")
+
+    def _save(self, epoch: int, score: float) -> None:
+        better, self.best = score > self.best, max(score, self.best)
+        if self.ranks.main:
+            state = {
+                "step": self.step, "epoch": epoch, "images": self.images, "config": dataclasses.asdict(self.cfg),
+                "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "best": self.best, "untrained": self.untrained,
+            }  # fmt: skip
+            checkpoint.save(self.folder / "checkpoints", state, best=better)
+
+    def finish(self, recorder: Recorder) -> None:
+        """Write the report and the last record, which says that the run is finished."""
+        last = recorder.records[-1]
+        accuracies = self.untrained | ({"trained encoder": last["knn_top1"]} if "knn_top1" in last else {})
+        pictures = self.probe.pictures(self.method.encoder, self.cfg.seed)
+        if not self.ranks.main:
+            return
+        write_report(
+            self.folder / "report.html", title=self.folder.name, settings=self.cfg.settings(), versions=versions(),
+            metrics=recorder.records, chance_loss=self.chance_loss, knn=accuracies, knn_note=self.probe.note,
+            notes=slower_for(self.cfg.loader), **pictures,
+        )  # fmt: skip
+        recorder.write(last | {"knn": accuracies, "finished": True})
+
+
+def results(folder: Path) -> str:
+    """The results of a finished run, as the user reads them."""
+    last = read_metrics(folder)[-1]
+    figures = " · ".join(f"{name} {value:.1%}" for name, value in last["knn"].items()) or "no labels, so none"
+    return f"kNN accuracy: {figures}\ncheckpoint {folder}/checkpoints/{checkpoint.LAST}\nreport {folder}/report.html"
+
+
+def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None, list[str], bool]:
+    """What the run folder says: (state to go on from or None, lines to show, whether the run is finished).
+
+    Raises:
+        RunError: the folder holds a run with other settings or other data.
+        CheckpointError: it has checkpoints, and none can be read.
+    """
+    path = folder / "config.json"
+    if cfg.resume == "never":
+        for name in (METRICS, "report.html", "config.json"):
+            (folder / name).unlink(missing_ok=True)
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if not path.exists():
+        write_text(path, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        return None, [], False
+    differing = cfg.differences(_saved_settings(path))
+    if differing:
+        raise RunError(
+            f"{folder} holds a run with other settings ({'; '.join(differing)}). Choose another --out, or delete "
+            "that run with --resume never"
+        )
+    records = read_metrics(folder)
+    if records and records[-1].get("finished"):
+        afresh = "This run is finished. To start it afresh, give --resume never."
+        return None, [results(folder), afresh], True
+    state, complaints = checkpoint.load(folder / "checkpoints")
+    if state and state["images"] != images:
+        raise RunError(f"{folder} holds a run on {state['images']} images, and {cfg.data} now has {images}")
+    if state:
+        complaints.append(f"Going on after epoch {state['epoch']} of {cfg.epochs}, from {folder}")
+    return state, complaints, False
+
+
+def prepare(cfg: Any, world: int, threads: int) -> Dataset:
+    """Open the data and check that the settings fit them, before any work."""
+    if cfg.batch % world:
+        raise ConfigError(f"batch must be divisible by the number of processes, got batch={cfg.batch}, processes={world}")
+    dataset = open_dataset(cfg.data, workers=threads)
+    images = len(dataset.train)
+    if cfg.batch > images:
+        raise ConfigError(f"batch must be at most the number of training images, {images}, got batch={cfg.batch}")
+    return dataset
+
+
+def train(cfg: Any, ranks: Ranks) -> None:
+    """The whole job on one rank."""
+    dataset = prepare(cfg, ranks.world, ranks.threads)
+    folder = cfg.folder()
+    with claimed(folder) if ranks.main else nullcontext():
+        state, lines, finished = ranks.from_main(lambda: take_up(cfg, folder, len(dataset.train)))
+        progress = Progress(speak=ranks.main)
+        for line in lines:
+            progress.say(line)
+        if finished:
+            return
+        run = Run(cfg, ranks, dataset, state)
+        for line in introduction(run):
+            progress.say(line)
+        recorder = Recorder(folder if ranks.main else None, run.step)
+        try:
+            with progress.running(run.step, run.total):
+                run.fit(recorder, progress)
+            run.finish(recorder)
+        finally:
+            recorder.close()
+        if ranks.main:
+            progress.say(results(folder))
+
+
+def introduction(run: Run) -> list[str]:
+    """What is about to be trained on what, in a few lines."""
+    cfg, data = run.cfg, run.dataset
+    tested = f", {len(data.test):,} test images" if data.test else ""
+    lines = [f"{data.name}: {run.images:,} training images" + (f" in {len(data.classes)} classes" if data.classes else "") + tested]
+    if data.skipped:
+        name, reason = data.skipped[0]
+        lines.append(f"skipped {len(data.skipped):,} that cannot be read, the first {name}: {reason}")
+    parameters = sum(p.numel() for p in run.method.parameters())
+    lines.append(
+        f"{cfg.arch} x {cfg.width:g}, {parameters / 1e6:.2f} M parameters, {cfg.image_size} px, on {device_name()}"
+        f" ({run.ranks.world} process{'es' if run.ranks.world > 1 else ''}, {run.precision}); {run.total:,} steps"
+    )
+    lines.append(describe_lr(cfg.base_lr, cfg.batch, cfg.lr_scaling) + f", {run.schedule.warmup_steps:,} steps of warm-up")
+    return lines + [line for line in (run.probe.note, *slower_for(cfg.loader)) if line]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, start the processes that are asked for, and train; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        cfg = parse(argv)
+        world = world_size(cfg.gpus, cfg.ranks)
+        if world > 1 and not launched():
+            prepare(cfg, world, threads=0)
+            return launch(MODULE, argv, world)
+        ranks = Ranks(use_gpu=cfg.gpus != 0 and torch.cuda.is_available())
+        try:
+            train(cfg, ranks)
+        finally:
+            ranks.close()
+    except (ConfigError, DataError, RunError, checkpoint.CheckpointError) as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if is_main():
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+import torch
+from torch import nn
+
+from simclr_fast import knn
+
+
+def test_separated_classes_are_told_apart():
+    centres = torch.eye(5, 16)
+    labels = torch.arange(5).repeat(40)
+    noisy = centres[labels] + 0.05 * torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    assert knn.accuracy(noisy[:150], labels[:150], noisy[150:] * 7, labels[150:]) == 1.0
+
+
+def test_votes_are_weighted_by_similarity():
+    bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
+    query = torch.tensor([[1.0, 0.05]])
+    assert knn.accuracy(bank, torch.tensor([0, 1, 1]), query, torch.tensor([0]), k=3) == 1.0
+
+
+def test_chance_on_noise():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(4000, 32, generator=generator), torch.randint(10, (4000,), generator=generator)
+    assert 0.06 < knn.accuracy(x[:3000], y[:3000], x[3000:], y[3000:]) < 0.14
+
+
+def test_fewer_images_than_neighbours():
+    bank = torch.eye(3)
+    values, indices = knn.nearest(bank, bank)
+    assert values.shape == indices.shape == (3, 3)
+    assert indices[:, 0].tolist() == [0, 1, 2]
+
+
+def test_blocks_do_not_change_the_neighbours():
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    for block in (1, 7, 64):
+        assert torch.equal(knn.nearest(x, x, 5, block=block)[1], knn.nearest(x, x, 5)[1])
+
+
+def test_calibration_averages_the_batches_and_leaves_the_encoder_alone():
+    encoder = nn.Sequential(nn.BatchNorm2d(3))
+    images = 5 + 2 * torch.randn(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    calibrated = knn.calibrated(encoder, [(images[:10], None), (images[10:], None)])
+    torch.testing.assert_close(calibrated[0].running_mean, images.mean((0, 2, 3)))
+    assert torch.equal(encoder[0].running_mean, torch.zeros(3))
+
+
+def test_features_in_eval_mode_then_back():
+    encoder = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+    rows = knn.features(encoder, [(torch.ones(2, 3, 4, 4), None), (torch.ones(1, 3, 4, 4), None)])
+    assert rows.shape == (3, 48)
+    assert encoder.training
+    assert encoder[0].num_batches_tracked == 0

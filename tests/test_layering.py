@@ -1,0 +1,87 @@
+"""Imports run one way; see "Layout" in the README."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "simclr_fast"
+COMMANDS = {"train", "evaluate", "embed", "export", "doctor"}
+ALLOWED = {
+    "kernels": {"kernels"},
+    "config": set(),
+    "data": {"data", "kernels", "_C", "config"},
+    "models": {"models", "kernels", "_C", "distributed", "config"},
+    "losses": {"losses", "kernels", "_C", "distributed"},
+    "optim": {"optim", "kernels", "_C"},
+    "distributed": {"config"},
+    "methods": {"methods", "models", "losses", "config", "distributed"},
+    "checkpoint": set(),
+    "record": set(),
+    "report": set(),
+    "knn": set(),
+    "environment": {"data", "optim"},
+    "probe": {"data", "knn"},
+    "__init__": {"losses", "optim"},
+}
+
+
+def imported(source: str) -> set[str]:
+    """First-level parts of `simclr_fast` (and `bench`, `tests`, top-level `kernels`) that a source imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, *rest = name.split(".")
+            if first == "simclr_fast" and rest and rest[0] != "__version__":
+                found.add(rest[0])
+            elif first in ("bench", "tests", "kernels"):
+                found.add(f"top-level {first}")
+    return found
+
+
+def violations(part: str, source: str) -> set[str]:
+    found = imported(source)
+    if part in COMMANDS:
+        return found & COMMANDS - {part} | {name for name in found if name.startswith("top-level")}
+    return found - ALLOWED[part]
+
+
+def sources() -> list[Path]:
+    return [*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    inside = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT).parts
+    part = inside[0].removesuffix(".py")
+    assert not violations(part, path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("part", "line"),
+    [
+        ("methods", "from simclr_fast import train"),
+        ("methods", "from simclr_fast.optim import LARS"),
+        ("data", "import simclr_fast.models.resnet"),
+        ("record", "from simclr_fast.checkpoint import save"),
+        ("train", "from simclr_fast import evaluate"),
+        ("losses", "from kernels import nt_xent"),
+        ("losses", "def f():\n    from simclr_fast.data import Policy"),
+    ],
+)
+def test_a_wrong_direction_is_found(part, line):
+    assert violations(part, line)
+
+
+def test_a_method_does_not_import_another():
+    files = [path for path in (PACKAGE / "methods").glob("*.py") if path.stem != "__init__"]
+    for path in files:
+        others = {f"simclr_fast.methods.{other.stem}" for other in files if other != path}
+        assert not any(name in path.read_text() for name in others)
