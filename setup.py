@@ -47,7 +47,7 @@ def run(*command: object) -> str:
 
 
 def cuda_toolkit() -> tuple[list[str], list[str]]:
-    """Flags to compile and to link with, from nvcc itself: the one on PATH may be a wrapper, far from its toolkit."""
+    """Flags to compile and to link with, from nvcc itself: the one on PATH may be a wrapper."""
     if CUDA == "0":
         raise Missing("SIMCLR_FAST_CUDA=0")
     told = dict(re.findall(r"^#\$ (TOP|LIBRARIES)=(.*)$", run(NVCC, "--dryrun", "none.cu"), re.M))
