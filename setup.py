@@ -84,7 +84,7 @@ class BuildExt(build_ext):
             self.extensions = self.distribution.ext_modules = []
 
     def compile_host(self) -> Path:
-        return self.compile(CXX, "lars.cpp", "-fPIC", "-fvisibility=hidden", "-Wall")
+        return self.compile(CXX, "lars.cpp", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall")
 
     def compile_cuda(self) -> tuple[Path, list[str]]:
         codes, libraries = cuda_toolkit()
