@@ -111,12 +111,11 @@ def resnet(
     """Build an encoder with new weights, drawn from torch's global generator.
 
     Args:
-        arch: one of `ARCHS`: torchvision's names, or resnet8, a demonstration: three basic blocks and always a
-            3x3 of stride 2 as stem, without max-pool.
+        arch: a name in `ARCHS`: torchvision's, or resnet8, a demonstration of three basic blocks (its stem is
+            always 3x3, stride 2, no max-pool).
         width: factor on every channel count, the stem's included: 64 becomes 64 * width, rounded.
         stem: "imagenet" is 7x7, stride 2, max-pool; "small" is 3x3, stride 1, for images of up to 32 pixels.
-        variant: "official" is the TensorFlow network: ResNet-18 and 34 project in their first shortcut too,
-            the max-pool pads after the image only.
+        variant: "official" is TensorFlow's: a projection in every group's first shortcut, a SAME max-pool.
     Returns:
         A module: images [B, 3, H, W] of the weights' dtype to features [B, num_features], means over the last
         map; num_features is 256 * width for resnet8, 512 * width for ResNet-18 and 34, else 2048 * width.
