@@ -1,6 +1,6 @@
 """Encoders and projection heads."""
 
-from .heads import projection_head
-from .resnet import ARCHS, ResNet, resnet
+from simclr_fast.models.heads import projection_head
+from simclr_fast.models.resnet import ARCHS, ResNet, resnet
 
 __all__ = ["ARCHS", "ResNet", "projection_head", "resnet"]
