@@ -164,10 +164,11 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), axes, correction=0)
         # float64: the square of the mean is added here and taken away again below.
         mean, var = mean.double(), var.double()
-        mean, square = _SumOverRanks.apply(torch.stack([mean, var + mean**2])).unbind() / dist.get_world_size()
+        moments = _SumOverRanks.apply(torch.stack([mean, var + mean**2])) / dist.get_world_size()
+        mean, square = moments.unbind()
         var = square - mean**2
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        self._update(mean.detach(), var.detach() * (count / max(1, count - 1)))
+        self._update(mean.detach(), var.detach() * (count / (count - 1)))
         shape = (1, -1, *(1 for _ in axes[1:]))
         scale = self.weight / torch.sqrt(var + self.eps).to(self.weight.dtype)
         shift = -mean.to(scale.dtype) * scale + (0 if self.bias is None else self.bias)

@@ -39,9 +39,14 @@ def cpu_has_bf16() -> bool:
 def slower_for(loader: str) -> list[str]:
     """A sentence for each thing whose absence makes a run slower here."""
     from simclr_fast.data import engine_name
-    from simclr_fast.optim import missing_extension
+    from simclr_fast.optim.lars import extension
 
-    return [reason for reason in (engine_name(loader)[1], missing_extension()) if reason]
+    reasons = [engine_name(loader)[1]]
+    if not extension():
+        reasons.append("LARS steps in plain PyTorch, which is slower: simclr_fast._C is not built here (pip install -e .)")
+    elif torch.cuda.is_available() and extension() != "cuda":
+        reasons.append("LARS steps in plain PyTorch, which is slower: simclr_fast._C was built without CUDA")
+    return [reason for reason in reasons if reason]
 
 
 def _cpuinfo() -> str:

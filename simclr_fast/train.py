@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_fast import checkpoint, methods
+from simclr_fast import checkpoint, methods, report
 from simclr_fast.config import Config, ConfigError, choose
 from simclr_fast.data import DataError, Dataset, Policy, open_dataset, train_views
 from simclr_fast.distributed import Ranks, global_batchnorm, is_main, launch, launched, world_size
@@ -31,7 +32,6 @@ from simclr_fast.environment import cpu_has_bf16, device_name, slower_for, versi
 from simclr_fast.optim import LARS, Schedule, describe_lr, lars_param_groups, scaled_lr, total_steps, warmup_steps
 from simclr_fast.probe import Probe
 from simclr_fast.record import METRICS, Progress, Recorder, RunError, claimed, read_metrics, write_text
-from simclr_fast.report import write_report
 
 MODULE = "simclr_fast.train"
 PAPER_WARMUP_EPOCHS = 10.0
@@ -206,11 +206,12 @@ class Run:
         pictures = self.probe.pictures(self.method.encoder, self.cfg.seed)
         if not self.ranks.main:
             return
-        write_report(
-            self.folder / "report.html", title=self.folder.name, settings=self.cfg.settings(), versions=versions(),
-            metrics=recorder.records, chance_loss=self.chance_loss, knn=accuracies, knn_note=self.probe.note,
+        page = report.Run(
+            title=self.folder.name, settings=self.cfg.settings(), versions=versions(), metrics=recorder.records,
+            chance_loss=self.chance_loss, knn=accuracies, knn_note=self.probe.note,
             notes=slower_for(self.cfg.loader), **pictures,
         )  # fmt: skip
+        report.write_report(self.folder / "report.html", page)
         recorder.write(last | {"knn": accuracies, "finished": True})
 
 
@@ -313,6 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, start the processes that are asked for, and train; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.filterwarnings("ignore", "LARS steps in plain PyTorch")  # the introduction says so
     try:
         cfg = parse(argv)
         world = world_size(cfg.gpus, cfg.ranks)

@@ -19,7 +19,7 @@ ALLOWED = {
     "methods": {"methods", "models", "losses", "config", "distributed"},
     "checkpoint": set(),
     "record": set(),
-    "report": set(),
+    "report": {"record"},
     "knn": set(),
     "environment": {"data", "optim"},
     "probe": {"data", "knn"},

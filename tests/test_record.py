@@ -16,7 +16,8 @@ def test_resume_cuts_the_records_back(tmp_path):
     recorder.write({"step": 25, "loss": 0.1})
     recorder.close()
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [10, 20, 25]
-    assert [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")] == [10, 20, 25]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 25]
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 

@@ -1,0 +1,117 @@
+"""Global BatchNorm, sharded evaluation and shared decisions, over real Gloo processes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from simclr_fast.config import ConfigError
+from simclr_fast.distributed import Ranks, global_batchnorm, launched, world_size
+
+WORLD = 3
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5))
+
+
+def batch():
+    return torch.randn(4 * WORLD, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 3 + 50
+
+
+def weighting():
+    return torch.randn(4 * WORLD, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def one_rank(rank, world, port, results):
+    import os
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="localhost", MASTER_PORT=str(port),
+    )  # fmt: skip
+    ranks = Ranks(use_gpu=False)
+    model = nn.parallel.DistributedDataParallel(global_batchnorm(network().double(), ranks.device))
+    mine = slice(4 * rank, 4 * rank + 4)
+    out = model(batch()[mine])
+    (out * weighting()[mine]).sum().backward()
+    found = {
+        "out": out.detach(),
+        "grads": [parameter.grad for parameter in model.parameters()],
+        "buffers": [buffer.clone() for buffer in model.buffers()],
+        "rows": {n: ranks.sharded(n, lambda rows: torch.arange(100.0).view(50, 2)[rows]) for n in (1, 2, 3, 4, 7, 50)},
+        "mean": ranks.mean(torch.tensor([float(rank)])),
+        "shared": ranks.from_main(lambda: f"from {rank}"),
+    }
+    try:
+        ranks.from_main(lambda: (_ for _ in ()).throw(ConfigError("seen by all")))
+    except ConfigError as error:
+        found["error"] = str(error)
+    results[rank] = found
+    dist.barrier()
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        shared = manager.dict()
+        torch.multiprocessing.spawn(one_rank, (WORLD, port, shared), WORLD)
+        return dict(shared)
+
+
+def test_batchnorm_over_the_global_batch(results):
+    model = network().double()
+    out = model(batch())
+    (out * weighting()).sum().backward()
+    torch.testing.assert_close(torch.cat([results[rank]["out"] for rank in range(WORLD)]), out, rtol=1e-10, atol=1e-10)
+    for grad, parameter in zip(results[0]["grads"], model.parameters(), strict=True):
+        torch.testing.assert_close(grad * WORLD, parameter.grad, rtol=1e-9, atol=1e-9)
+    for rank in range(WORLD):
+        for found, buffer in zip(results[rank]["buffers"], model.buffers(), strict=True):
+            torch.testing.assert_close(found, buffer, rtol=1e-10, atol=1e-10)
+
+
+def test_sharded_rows_come_in_order_on_every_rank(results):
+    for rank in range(WORLD):
+        for count, rows in results[rank]["rows"].items():
+            assert torch.equal(rows, torch.arange(100.0).view(50, 2)[:count])
+
+
+def test_decisions_and_errors_of_the_main_rank(results):
+    for rank in range(WORLD):
+        assert results[rank]["shared"] == "from 0"
+        assert results[rank]["error"] == "seen by all"
+        assert results[rank]["mean"].item() == 1.0
+
+
+def test_more_gpus_than_visible_names_both_numbers():
+    visible = torch.cuda.device_count()
+    with pytest.raises(ConfigError, match=f"{visible}, got gpus={visible + 2}"):
+        world_size(visible + 2, 1)
+
+
+def test_processes_that_the_flags_ask_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert world_size(None, 1) == 4
+    assert world_size(2, 1) == 2
+    assert world_size(0, 3) == 3
+    with pytest.raises(ConfigError, match="ranks counts CPU processes and needs gpus=0, got ranks=2"):
+        world_size(None, 2)
+    assert not launched()
+
+
+def test_alone_there_are_no_collectives():
+    threads = torch.get_num_threads()
+    ranks = Ranks(use_gpu=False)
+    torch.set_num_threads(threads)
+    assert ranks.main
+    assert ranks.group is None
+    assert torch.equal(ranks.sharded(5, lambda rows: torch.arange(5)[rows]), torch.arange(5))
+    assert ranks.from_main(lambda: 3) == 3

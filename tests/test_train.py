@@ -1,0 +1,254 @@
+"""The command as its users run it, on a few tiny images: whole runs, stops and resumptions, several ranks, bad input."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simclr_fast import checkpoint, train
+from simclr_fast.record import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--arch", "resnet8", "--width", "0.125", "--image-size", "16", "--batch", "16", "--epochs", "3", "--gpus", "0",
+         "--head-features", "16", "--blur", "0", "--precision", "fp32")  # fmt: skip
+
+
+def jpeg(seed, size=20, mode="RGB"):
+    rng = np.random.default_rng(seed)
+    picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size)).convert(mode)
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=95)
+    return data.getvalue()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 20), ("test", 5)):
+        for label, name in enumerate(("ant", "bee")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.jpg").write_bytes(jpeg(1000 * label + number + (split == "test") * 100))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(images, out, *flags):
+    return train.main(["--data", str(images), "--out", str(out), *SMALL, *flags])
+
+
+def command(images, out, *flags):
+    return [sys.executable, "-m", "simclr_fast.train", "--data", str(images), "--out", str(out), *SMALL, *flags]
+
+
+def weights(out):
+    state = checkpoint.read(out / "checkpoints" / "last.pt")
+    return {f"{part}.{name}": tensor for part in ("method",) for name, tensor in state[part].items()} | {
+        f"velocity.{number}": entry["momentum_buffer"] for number, entry in state["optimizer"]["state"].items()
+    }
+
+
+def assert_same_bits(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert run(images, out) == 0
+    return out
+
+
+def test_a_run_leaves_what_the_readme_says(whole):
+    assert {"config.json", "metrics.jsonl", "checkpoints", "report.html"} <= set(os.listdir(whole))
+    assert list(whole.glob("events.out.tfevents.*"))
+    assert sorted(os.listdir(whole / "checkpoints")) == ["best.pt", "last.pt", "previous.pt"]
+    records = read_metrics(whole)
+    for record in records:
+        assert {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "contrastive_top1"} <= record.keys()
+        assert 0 <= record["data_wait"] <= 1
+    last = records[-1]
+    assert last["finished"] is True
+    assert last["step"] == 3 * 40 // 16 + 1
+    assert 0 <= last["knn_top1"] <= 1
+    assert list(last["knn"]) == ["raw pixels", "untrained encoder", "trained encoder"]
+    assert last["knn"]["trained encoder"] == last["knn_top1"]
+    assert json.loads((whole / "config.json").read_text())["image_size"] == 16
+
+
+def test_a_finished_run_shows_its_results_and_how_to_start_afresh(images, whole, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert run(images, whole) == 0
+    shown = capsys.readouterr().out
+    assert "kNN accuracy: raw pixels" in shown
+    assert "--resume never" in shown
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_same_command_gives_the_same_bits_and_never_starts_afresh(images, whole, tmp_path):
+    assert run(images, tmp_path / "run") == 0
+    assert_same_bits(whole, tmp_path / "run")
+    assert run(images, tmp_path / "run", "--resume", "never", "--seed", "1") == 0
+    with pytest.raises(AssertionError):
+        assert_same_bits(whole, tmp_path / "run")
+
+
+def test_a_config_file_repeats_a_run(whole, tmp_path):
+    assert train.main(["--config", str(whole / "config.json"), "--out", str(tmp_path / "run")]) == 0
+    assert_same_bits(whole, tmp_path / "run")
+
+
+def test_other_settings_are_refused_and_named(images, whole, capsys):
+    assert run(images, whole, "--temperature", "0.5", "--workers", "1") == 2
+    error = capsys.readouterr().err
+    assert "temperature: 0.1 -> 0.5" in error
+    assert "workers" not in error
+
+
+def test_a_run_that_stopped_at_an_epoch_goes_on_bit_for_bit(images, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    save = checkpoint.save
+
+    def save_and_stop(folder, state, *, best):
+        save(folder, state, best=best)
+        if state["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+    assert run(images, out) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(images, out) == 0
+    assert "Going on after epoch 2 of 3" in capsys.readouterr().out
+    assert_same_bits(whole, out)
+    untimed = [{k: v for k, v in r.items() if k not in ("images_per_s", "data_wait")} for r in read_metrics(out)]
+    assert untimed == [
+        {k: v for k, v in r.items() if k not in ("images_per_s", "data_wait")} for r in read_metrics(whole)
+    ]
+
+
+def test_a_truncated_checkpoint_gives_way_to_the_previous_one(images, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    monkeypatch.setattr(train.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(images, out) == 130
+    monkeypatch.undo()
+    os.truncate(out / "checkpoints" / "last.pt", 1000)
+    assert run(images, out) == 0
+    shown = capsys.readouterr().out
+    assert "cannot read" in shown
+    assert "Going on after epoch 2" in shown
+    assert_same_bits(whole, out)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_at_any_moment_it_goes_on(images, tmp_path, how):
+    out = tmp_path / "run"
+    flags = ("--epochs", "400")
+    process = subprocess.Popen(command(images, out, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "previous.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 130), error.decode()
+    state, complaints = checkpoint.load(out / "checkpoints")
+    assert not complaints
+    saved = dict(json.loads((out / "config.json").read_text()))
+    assert saved["epochs"] == 400
+    recorder_steps = [record["step"] for record in read_metrics(out)]
+    assert recorder_steps[-1] >= state["step"]
+
+
+def test_two_ranks_learn_what_one_learns(images, whole, tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run(command(images, out, "--ranks", "2"), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(whole), weights(out)
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+    losses = [[record["loss"] for record in read_metrics(folder)] for folder in (whole, out)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert done.stdout.count("kNN accuracy") == 1
+
+
+def test_no_classes_no_accuracy_and_it_says_so(images, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate((images / "train").rglob("*.jpg")):
+        (flat / f"{number}.JPG").write_bytes(path.read_bytes())
+    assert run(flat, tmp_path / "run", "--epochs", "1") == 0
+    shown = capsys.readouterr().out
+    assert "no kNN accuracy: the data have no classes" in shown
+    assert "knn_top1" not in read_metrics(tmp_path / "run")[-1]
+
+
+def test_bad_files_among_good_ones_are_counted_and_named(images, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number in range(18):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number, mode=("RGB", "L", "CMYK")[number % 3]))
+    (folder / "a-zero.jpg").write_bytes(b"")
+    (folder / "b-half.jpg").write_bytes(jpeg(99)[:200])
+    assert run(folder, tmp_path / "run", "--epochs", "1") == 0
+    assert re.search(r"skipped 2 .*a-zero\.jpg", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (["--batch", "64"], "batch must be at most the number of training images, 40, got batch=64"),
+        (["--ranks", "3"], "batch must be divisible by the number of processes, got batch=16, processes=3"),
+        (["--gpus", "9"], r"visible GPUs, \d+, got gpus=9"),
+        (["--loader", "dalli"], "dali"),
+    ],
+)
+def test_bad_settings_stop_before_anything_is_written(images, tmp_path, capsys, flags, match):
+    try:
+        status = run(images, tmp_path / "run", *flags)
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert re.search(match, captured.err + captured.out)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_data_stops_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "corrupt").mkdir()
+    (tmp_path / "corrupt" / "x.jpg").write_bytes(b"not a picture")
+    for data in ("missing", "empty", "corrupt"):
+        assert run(tmp_path / data, tmp_path / "run") == 2
+        assert data in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run(images, tmp_path / "file" / "run") == 2
+    assert "out must be a folder that can be written" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, capsys):
+    assert run(images, tmp_path / "run", "--base-lr", "1e30", "--trust-coefficient", "1e8") == 2
+    assert "the loss became nan by step" in capsys.readouterr().err
