@@ -38,16 +38,15 @@ __device__ Norms block_sum(Norms mine) {
     return sum;
 }
 
-// A block owns a chunk and writes its sums of squares. Reads w and g once, and v if popular.
-__global__ void __launch_bounds__(THREADS)
-    norms_kernel(const __grid_constant__ Table table, Mode mode, Norms* partial) {
+// A block owns a chunk and writes its sums of squares. Reads w and g once, v too if popular.
+__global__ void __launch_bounds__(THREADS) norms_kernel(const __grid_constant__ Table table, Norms* partial) {
     int64_t chunk = table.entries[0].first_chunk + blockIdx.x;
     const Entry<float>& e = table.find(chunk);
     if (!e.adapt) return;
     int64_t begin = (chunk - e.first_chunk) * CHUNK, end = min(begin + CHUNK, e.numel);
     Norms mine;
     for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) {
-        double w = e.w[i], x = e.divisor(i, mode);
+        double w = e.w[i], x = e.divisor(i);
         mine.add({w * w, x * x});
     }
     Norms sum = block_sum(mine);
@@ -56,27 +55,28 @@ __global__ void __launch_bounds__(THREADS)
 
 // A block owns a chunk: it adds up the sums of the tensor's chunks, then reads w, g, v and writes w, v once.
 __global__ void __launch_bounds__(THREADS)
-    update_kernel(const __grid_constant__ Table table, Mode mode, const Norms* partial) {
+    update_kernel(const __grid_constant__ Table table, const Norms* partial) {
     int64_t chunk = table.entries[0].first_chunk + blockIdx.x;
     const Entry<float>& e = table.find(chunk);
     Norms mine;
-    for (int64_t k = threadIdx.x; e.adapt && k < e.chunks(); k += THREADS) mine.add(partial[e.first_chunk + k]);
-    Factors<float> f = e.factors(block_sum(mine), mode);
+    for (int64_t k = threadIdx.x; e.adapt && k < e.chunks(); k += THREADS)
+        mine.add(partial[e.first_chunk + k]);
+    Factors<float> f = e.factors(block_sum(mine));
     int64_t begin = (chunk - e.first_chunk) * CHUNK, end = min(begin + CHUNK, e.numel);
-    for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) e.update(i, f, mode.nesterov);
+    for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) e.update(i, f);
 }
 
 }  // namespace
 
-const char* launch_cuda(const Entry<float>* entries, size_t count, Mode mode, Norms* partial, void* stream) {
+const char* launch_cuda(const Entry<float>* entries, size_t count, Norms* partial, void* stream) {
     for (size_t first = 0; first < count; first += Table::SIZE) {
         Table table;
         table.count = int(std::min(Table::SIZE, count - first));
         std::copy_n(entries + first, table.count, table.entries);
         const Entry<float>& last = table.entries[table.count - 1];
         unsigned blocks = unsigned(last.first_chunk + last.chunks() - entries[first].first_chunk);
-        norms_kernel<<<blocks, THREADS, 0, cudaStream_t(stream)>>>(table, mode, partial);
-        update_kernel<<<blocks, THREADS, 0, cudaStream_t(stream)>>>(table, mode, partial);
+        norms_kernel<<<blocks, THREADS, 0, cudaStream_t(stream)>>>(table, partial);
+        update_kernel<<<blocks, THREADS, 0, cudaStream_t(stream)>>>(table, partial);
         if (cudaError_t error = cudaGetLastError()) return cudaGetErrorString(error);
     }
     return nullptr;

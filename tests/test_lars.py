@@ -110,14 +110,12 @@ def test_fused_equals_reference_in_float64(flags: dict[str, bool], device: str) 
     ours, reference = parameters(*shapes, device=device), parameters(*shapes, dtype=torch.float64)
     optimizer = LARS(ours, lr=0.7, weight_decay=1e-3, **flags)
     velocities = [torch.zeros_like(p) for p in reference]
-    hyper = torch.tensor([[0.7, 1e-3, 0.9, 1e-3, 1.0]], dtype=torch.float64)
-    names = ("nesterov", "classic_momentum", "lr_outside")
-    row_of_flags = [optimizer.defaults[name] for name in names]
+    hyper = torch.tensor([[optimizer.defaults[name] for name in lars.HYPER]], dtype=torch.float64)
     for _ in range(3):
         optimizer.step()
         with torch.no_grad():
             grads = [p.grad for p in reference]
-            lars.lars_reference(reference, grads, velocities, [0] * len(shapes), hyper, *row_of_flags)
+            lars.lars_reference(reference, grads, velocities, [0] * len(shapes), hyper)
     for p, want, v in zip(ours, reference, velocities, strict=True):
         torch.testing.assert_close(p.double().cpu(), want, rtol=2e-6, atol=2e-6, check_dtype=False)
         got = optimizer.state[p]["momentum_buffer"].double().cpu()
@@ -127,7 +125,7 @@ def test_fused_equals_reference_in_float64(flags: dict[str, bool], device: str) 
 @fused
 @pytest.mark.parametrize("device", DEVICES)
 def test_layouts(device: str) -> None:
-    """Channels_last weights, a transposed gradient, a strided and a misaligned weight step as dense ones do."""
+    """Channels_last weights, a transposed gradient, strided and misaligned weights step as dense ones do."""
 
     def stepped(layouts: bool) -> list[Tensor]:
         conv, matrix, strided, shifted = parameters((8, 6, 3, 3), (40, 30), (9, 5), (77,), device=device)
@@ -280,16 +278,16 @@ def test_half_precision_takes_the_plain_step() -> None:
         ({"groups": []}, "length"),
         ({"grads": [torch.ones(3)]}, "shape"),
         ({"grads": [torch.ones(2, dtype=torch.float64)]}, "dtype"),
-        ({"hyper": torch.ones(1, 4, dtype=torch.float64)}, "hyper"),
+        ({"hyper": torch.ones(1, 5, dtype=torch.float64)}, "hyper"),
         ({"params": [torch.ones(2, dtype=torch.int32)]}, "float32"),
     ],
 )
 def test_the_operator_checks_its_arguments(change: dict[str, list], message: str) -> None:
     ones = [torch.ones(2)]
-    hyper = torch.ones(1, 5, dtype=torch.float64)
+    hyper = torch.ones(1, 8, dtype=torch.float64)
     arguments = {"params": ones, "grads": ones, "velocities": [torch.zeros(2)], "groups": [0], "hyper": hyper}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.simclr_fast.lars_step(*(arguments | change).values(), False, True, False)
+        torch.ops.simclr_fast.lars_step(*(arguments | change).values())
 
 
 def model_of(variables: list[dict]) -> nn.Module:

@@ -24,6 +24,9 @@ else:
     _ABSENT = ""
     torch.library.register_fake("simclr_fast::lars_step", lambda *args: None)
 
+HYPER = tuple("lr weight_decay momentum trust_coefficient adapt nesterov classic_momentum lr_outside".split())
+"""The numbers a parameter group hands to a step, in this order."""
+
 _FUSED = {("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.float32)}
 
 
@@ -36,26 +39,18 @@ def extension() -> str:
 
 
 def lars_reference(
-    params: list[Tensor],
-    grads: list[Tensor],
-    velocities: list[Tensor],
-    groups: list[int],
-    hyper: Tensor,
-    nesterov: bool,
-    classic: bool,
-    lr_outside: bool,
+    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], groups: list[int], hyper: Tensor
 ) -> None:
     """One step in plain PyTorch, in place: the yardstick of the fused one, and what runs where that cannot.
 
     Args:
         params, grads, velocities: tensors w, g, v of one shape each.
         groups: for each tensor, its row of `hyper`.
-        hyper: [groups, 5], float64: learning rate, weight decay, momentum, trust coefficient, adapt (0 or 1).
-        nesterov, classic, lr_outside: as in `LARS`.
+        hyper: [groups, 8], float64 on the CPU: the values of `HYPER`.
     """
     rows = hyper.tolist()
     for w, g, v, group in zip(params, grads, velocities, groups, strict=True):
-        lr, weight_decay, momentum, trust, adapt = rows[group]
+        lr, weight_decay, momentum, trust, adapt, nesterov, classic, lr_outside = rows[group]
         d = g.to(w.dtype) + weight_decay * w
         divisor = d if classic else _moved(v, d, 1.0, momentum, nesterov)[1]
         ratio = _trust_ratio(w, divisor, trust) if adapt else 1.0
@@ -65,7 +60,7 @@ def lars_reference(
         w.sub_(b * update)
 
 
-def _moved(v: Tensor, d: Tensor, a: float | Tensor, m: float, nesterov: bool) -> tuple[Tensor, Tensor]:
+def _moved(v: Tensor, d: Tensor, a: float | Tensor, m: float, nesterov: float) -> tuple[Tensor, Tensor]:
     velocity = m * v + a * d
     return velocity, m * velocity + a * d if nesterov else velocity
 
@@ -103,7 +98,8 @@ class LARS(Optimizer):
 
     Args:
         params: parameters, or groups of them.
-        lr: learning rate, >= 0; it multiplies the gradient, so that v remembers earlier learning rates.
+        lr: learning rate, >= 0; it multiplies the gradient, so that v remembers earlier learning rates. The
+            host reads it at every step: a tensor on a GPU makes it wait.
         momentum, weight_decay, trust_coefficient: >= 0.
         nesterov: step by momentum * v + lr * r * g.
         classic_momentum: False is the original's "popular" momentum: v = momentum * v + g; r is that of the
@@ -156,12 +152,10 @@ class LARS(Optimizer):
         params = [p for batch in batches.values() for p, *_ in batch]
         if self.defaults["max_norm"] is not None:
             nn.utils.clip_grad_norm_(params, self.defaults["max_norm"])
-        keys = ("lr", "weight_decay", "momentum", "trust_coefficient", "adapt")
-        hyper = torch.tensor([[float(g[k]) for k in keys] for g in self.param_groups], dtype=torch.float64)
-        flags = [self.defaults[k] for k in ("nesterov", "classic_momentum", "lr_outside")]
+        hyper = torch.tensor([[float(g[k]) for k in HYPER] for g in self.param_groups], dtype=torch.float64)
         for (device, dtype, grad_dtype), batch in batches.items():
             lists = [list(column) for column in zip(*batch, strict=True)]
-            _step_function(device.type, dtype, grad_dtype)(*lists, hyper, *flags)
+            _step_function(device.type, dtype, grad_dtype)(*lists, hyper)
             increment_version(lists[0] + lists[2])
         if self.defaults["ema"] is not None and params:
             averages = [self.state[p]["ema"] for p in params]
@@ -169,7 +163,7 @@ class LARS(Optimizer):
         return loss
 
     def _velocity(self, p: Tensor) -> Tensor:
-        if p.grad is not None and p.grad.is_sparse:
+        if p.grad is not None and p.grad.layout is not torch.strided:
             raise ValueError(f"LARS takes dense gradients, got a sparse one of shape {list(p.shape)}")
         state = self.state[p]
         if "momentum_buffer" not in state:
@@ -185,19 +179,12 @@ def lars_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     BatchNorm's weight and bias, every other bias, and all within a module named `head_supervised` go to the
     second group. A group lists its members by name under "params" (and, in the optimiser, "param_names").
     """
-    adapted: list[tuple[str, Tensor]] = []
-    plain: list[tuple[str, Tensor]] = []
-    normed = {
-        id(p)
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        for p in m.parameters()
-    }
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    normed = {id(p) for m in norms for p in m.parameters()}
+    adapted: dict[str, Any] = {"params": [], "weight_decay": weight_decay, "adapt": True}
+    plain: dict[str, Any] = {"params": [], "weight_decay": 0.0, "adapt": False}
     for name, p in model.named_parameters():
         if p.requires_grad:
             excluded = id(p) in normed or "bias" in name.rpartition(".")[2] or "head_supervised" in name
-            (plain if excluded else adapted).append((name, p))
-    return [
-        {"params": adapted, "weight_decay": weight_decay, "adapt": True},
-        {"params": plain, "weight_decay": 0.0, "adapt": False},
-    ]
+            (plain if excluded else adapted)["params"].append((name, p))
+    return [adapted, plain]
