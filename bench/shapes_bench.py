@@ -1,4 +1,4 @@
-"""The main job, seed by seed: kNN accuracies, seconds and CPU seconds of `python -m simclr_fast.train`, and the control.
+"""The main job, seed by seed: kNN accuracies and seconds of `python -m simclr_fast.train`, and the control.
 
 The control trains without augmentation: what it reaches is what the task gives away without SimCLR's views.
 """

@@ -25,15 +25,15 @@ class Config:
     """Flags shared by all methods."""
 
     data: str = "shapes"
-    """Images: a folder (train/CLASS/*.jpg and test/, class folders, or flat), a tar file, a folder of tars, a list file,
-    or `shapes`, the embedded demonstration set."""
+    """Images: a folder (train/CLASS/*.jpg and test/, class folders, or flat), a tar file, a folder of tars, a list
+    file, or `shapes`, the embedded demonstration set."""
 
     method: str = "simclr"
     """Training method, one of the files in simclr_fast/methods."""
 
     preset: str = "auto"
-    """Settings to start from: `imagenet` and `cifar10` are the paper's, `shapes` is the demonstration's, `none` is none;
-    `auto` is `shapes` for that data and else `none`. Other flags override it."""
+    """Settings to start from: `imagenet` and `cifar10` are the paper's, `shapes` is the demonstration's; `auto` is
+    `shapes` for that data and else `none`. Other flags override it."""
 
     arch: str = "resnet50"
     """Encoder, by torchvision's names (resnet18 ... resnet152), or resnet8, the demonstration's."""
@@ -63,7 +63,7 @@ class Config:
     """Processes on the CPU, with --gpus 0."""
 
     workers: int | None = None
-    """Threads (DALI) or processes (torchvision) that prepare images, for each rank. Without it: by the cores there are."""
+    """Threads (DALI) or processes (torchvision) that prepare images, for each rank. Without it: one for each core."""
 
     out: str | None = None
     """Folder of the run. Without it: runs/NAME, NAME being data, arch and a hash of the settings."""

@@ -117,7 +117,7 @@ class Ranks:
         return values
 
     def sharded(self, count: int, compute: Callable[[slice], Tensor]) -> Tensor:
-        """Rows `compute(slice)` of all `count` items, each rank computing a contiguous share, in order on every rank."""
+        """Rows `compute(slice)` of all `count` items, in order, on every rank; each computes a contiguous share."""
         share = -(-count // self.world)
         # A rank without a share computes the last row once more; it is cut off below.
         rows = compute(slice(min(self.rank * share, count - 1), min(count, (self.rank + 1) * share)))
@@ -135,8 +135,7 @@ def global_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.__class__ = _GLOBAL[type(module)]
+        module.__class__ = _GLOBAL.get(type(module), type(module))
     return model
 
 
@@ -175,6 +174,9 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
     def _update(self, mean: Tensor, var: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         self.num_batches_tracked += 1
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)

@@ -55,7 +55,9 @@ def extension() -> Finding:
         return Finding(state, "simclr_fast._C, built for the CPU only: there was no usable nvcc")
     if files:
         return Finding(BROKEN, f"{files[0]} is there and cannot be loaded; build it again with pip install -e .")
-    return Finding(SLOWER, "simclr_fast._C is not built here: LARS steps in plain PyTorch. pip install -e . with g++ builds it")
+    return Finding(
+        SLOWER, "simclr_fast._C is not built here: LARS steps in plain PyTorch. pip install -e . with g++ builds it"
+    )
 
 
 def lars_step() -> Finding:
@@ -107,11 +109,11 @@ def nt_xent(backend: str) -> Finding:
 
     truth = value_and_gradient("reference", torch.float64, "cpu")
     found = value_and_gradient(backend, torch.float32, "cuda" if on_gpu else "cpu")
-    error, slope = (float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
+    off, slope = (float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
     where = "GPU" if on_gpu else f"interpreter, Triton {triton.__version__}" if backend == "triton" else "CPU"
     # Triton multiplies in fp16 unless told otherwise: 10 bits.
     bound = 2e-3 if backend == "triton" else 2e-6
-    return _judged(max(error, slope), bound, f"{where}, relative error {error:.1e}, of the gradient {slope:.1e}")
+    return _judged(max(off, slope), bound, f"{where}, relative error {off:.1e}, of the gradient {slope:.1e}")
 
 
 def input_pipeline() -> Finding:
@@ -131,7 +133,9 @@ def input_pipeline() -> Finding:
         split, policy = open_dataset(folder).train, Policy(32)
         engines = dict.fromkeys((engine_name("auto")[0], "torchvision"))
         views = {
-            engine: next(iter(train_views(split, policy, batch=4, seed=0, start_step=0, steps=1, workers=0, engine=engine)))
+            engine: next(
+                iter(train_views(split, policy, batch=4, seed=0, start_step=0, steps=1, workers=0, engine=engine))
+            )
             for engine in engines
         }
     if "dali" not in views:
@@ -144,7 +148,9 @@ def processes() -> Finding:
     """What several processes would talk through."""
     import torch.distributed as dist
 
-    backends = [name for name, there in (("NCCL", dist.is_nccl_available()), ("Gloo", dist.is_gloo_available())) if there]
+    backends = [
+        name for name, there in (("NCCL", dist.is_nccl_available()), ("Gloo", dist.is_gloo_available())) if there
+    ]
     return Finding(OK if backends else BROKEN, ", ".join(backends) or "torch.distributed has neither NCCL nor Gloo")
 
 

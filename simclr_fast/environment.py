@@ -43,7 +43,9 @@ def slower_for(loader: str) -> list[str]:
 
     reasons = [engine_name(loader)[1]]
     if not extension():
-        reasons.append("LARS steps in plain PyTorch, which is slower: simclr_fast._C is not built here (pip install -e .)")
+        reasons.append(
+            "LARS steps in plain PyTorch, which is slower: simclr_fast._C is not built here (pip install -e .)"
+        )
     elif torch.cuda.is_available() and extension() != "cuda":
         reasons.append("LARS steps in plain PyTorch, which is slower: simclr_fast._C was built without CUDA")
     return [reason for reason in reasons if reason]

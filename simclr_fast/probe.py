@@ -25,7 +25,12 @@ class Probe:
     """Looks at encoders through one data set. The labels are used here and nowhere else."""
 
     def __init__(
-        self, dataset: Dataset, policy: Policy, sharded: Sharded, autocast: AbstractContextManager, engine: dict[str, Any]
+        self,
+        dataset: Dataset,
+        policy: Policy,
+        sharded: Sharded,
+        autocast: AbstractContextManager,
+        engine: dict[str, Any],
     ) -> None:
         """
         Args:
@@ -33,7 +38,13 @@ class Probe:
             autocast: the precision that the encoder runs in.
             engine: `workers`, `device` and `engine` of the input pipeline.
         """
-        self.dataset, self.policy, self._sharded, self._autocast, self._engine = dataset, policy, sharded, autocast, engine
+        self.dataset, self.policy, self._sharded, self._autocast, self._engine = (
+            dataset,
+            policy,
+            sharded,
+            autocast,
+            engine,
+        )
         self.train, self.test = dataset.train, dataset.test
         self.bank = np.unique(np.linspace(0, len(self.train) - 1, min(BANK, len(self.train))).astype(np.int64))
 
@@ -51,10 +62,14 @@ class Probe:
 
     def accuracy(self, encoder: nn.Module) -> float:
         """kNN accuracy on the test images, a fraction; the training images are the neighbours."""
-        assert self.test is not None and self.train.labels is not None and self.test.labels is not None
+        assert self.test is not None
+        assert self.test.labels is not None
+        assert self.train.labels is not None
         bank = self._features(encoder, self.train, self.bank)
         queries = self._features(encoder, self.test, np.arange(len(self.test)))
-        labels = [torch.as_tensor(labels, device=bank.device) for labels in (self.train.labels[self.bank], self.test.labels)]
+        labels = [
+            torch.as_tensor(labels, device=bank.device) for labels in (self.train.labels[self.bank], self.test.labels)
+        ]
         return knn.accuracy(bank, labels[0], queries, labels[1])
 
     def untrained(self, encoder: nn.Module) -> dict[str, float]:
@@ -70,7 +85,7 @@ class Probe:
         return found
 
     def pictures(self, encoder: nn.Module, seed: int) -> dict[str, Any]:
-        """For the report: `views` [n, 3, S, S, 3] uint8 (image, view 1, view 2), and `neighbours` of a few test images."""
+        """For the report: `views`, uint8 [n, 3, S, S, 3] (image, view 1, view 2), and `neighbours` of test images."""
         batch = min(SHOWN_VIEWS, len(self.train))
         first, second, indices = next(
             iter(train_views(self.train, self.policy, batch=batch, seed=seed, start_step=0, steps=1, **self._engine))
@@ -81,12 +96,16 @@ class Probe:
             "neighbours": self._neighbours(encoder),
         }
 
-    def _neighbours(self, encoder: nn.Module) -> list[tuple[np.ndarray, str | None, list[tuple[np.ndarray, str | None, float]]]]:
+    def _neighbours(
+        self, encoder: nn.Module
+    ) -> list[tuple[np.ndarray, str | None, list[tuple[np.ndarray, str | None, float]]]]:
         split = self.test or self.train
         queries = np.linspace(0, len(split) - 1, min(SHOWN_QUERIES, len(split))).astype(np.int64)
         skip = int(split is self.train)  # an image's nearest neighbour in its own set is itself
         similarities, rows = knn.nearest(
-            self._features(encoder, self.train, self.bank), self._features(encoder, split, queries), SHOWN_NEIGHBOURS + skip
+            self._features(encoder, self.train, self.bank),
+            self._features(encoder, split, queries),
+            SHOWN_NEIGHBOURS + skip,
         )
         found = []
         for query, similar, row, image in zip(queries, similarities, rows, self._pixels(split, queries), strict=True):
@@ -104,9 +123,7 @@ class Probe:
 
     def _features(self, encoder: nn.Module, split: Split, indices: np.ndarray) -> Tensor:
         with self._autocast:
-            return self._sharded(
-                len(indices), lambda rows: knn.features(encoder, self._images(split, indices[rows]))
-            )
+            return self._sharded(len(indices), lambda rows: knn.features(encoder, self._images(split, indices[rows])))
 
     def _pixels(self, split: Split, indices: np.ndarray) -> np.ndarray:
         return np.concatenate([self._to_uint8(images) for images, _ in self._images(split, indices)])

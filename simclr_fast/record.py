@@ -52,7 +52,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a")  # noqa: SIM115
+        lock = open(folder / ".lock", "a")
     except OSError as error:
         raise RunError(f"out must be a folder that can be written, got out={folder}: {error.strerror}") from error
     with lock:
@@ -76,7 +76,7 @@ class Recorder:
 
         self.records = [entry for entry in read_metrics(folder) if entry["step"] <= step]
         write_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in self.records))
-        self._file = open(folder / METRICS, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._file = open(folder / METRICS, "a", encoding="utf-8", buffering=1)
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, entry: dict[str, Any]) -> None:

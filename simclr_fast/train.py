@@ -1,6 +1,6 @@
 """Pretrain an encoder: `python -m simclr_fast.train`. This file joins the parts; none of them knows it.
 
-JPEGs -> two augmented views -> encoder -> projection head -> NT-Xent over all ranks -> LARS -> checkpoint, records, report.
+JPEGs -> two augmented views -> encoder -> projection head -> NT-Xent over all ranks -> LARS -> checkpoint, report.
 """
 
 from __future__ import annotations
@@ -260,7 +260,9 @@ def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None,
 def prepare(cfg: Any, world: int, threads: int) -> Dataset:
     """Open the data and check that the settings fit them, before any work."""
     if cfg.batch % world:
-        raise ConfigError(f"batch must be divisible by the number of processes, got batch={cfg.batch}, processes={world}")
+        raise ConfigError(
+            f"batch must be divisible by the number of processes, got batch={cfg.batch}, processes={world}"
+        )
     dataset = open_dataset(cfg.data, workers=threads)
     images = len(dataset.train)
     if cfg.batch > images:
@@ -297,7 +299,11 @@ def introduction(run: Run) -> list[str]:
     """What is about to be trained on what, in a few lines."""
     cfg, data = run.cfg, run.dataset
     tested = f", {len(data.test):,} test images" if data.test else ""
-    lines = [f"{data.name}: {run.images:,} training images" + (f" in {len(data.classes)} classes" if data.classes else "") + tested]
+    lines = [
+        f"{data.name}: {run.images:,} training images"
+        + (f" in {len(data.classes)} classes" if data.classes else "")
+        + tested
+    ]
     if data.skipped:
         name, reason = data.skipped[0]
         lines.append(f"skipped {len(data.skipped):,} that cannot be read, the first {name}: {reason}")
@@ -306,7 +312,9 @@ def introduction(run: Run) -> list[str]:
         f"{cfg.arch} x {cfg.width:g}, {parameters / 1e6:.2f} M parameters, {cfg.image_size} px, on {device_name()}"
         f" ({run.ranks.world} process{'es' if run.ranks.world > 1 else ''}, {run.precision}); {run.total:,} steps"
     )
-    lines.append(describe_lr(cfg.base_lr, cfg.batch, cfg.lr_scaling) + f", {run.schedule.warmup_steps:,} steps of warm-up")
+    lines.append(
+        describe_lr(cfg.base_lr, cfg.batch, cfg.lr_scaling) + f", {run.schedule.warmup_steps:,} steps of warm-up"
+    )
     return lines + [line for line in (run.probe.note, *slower_for(cfg.loader)) if line]
 
 

@@ -1,17 +1,14 @@
-"""Shared fixtures: the reference material beside the repository, and a cap on threads so that tests run side by side."""
+"""Shared fixtures: the reference material beside the repository; and Triton's interpreter where there is no GPU."""
 
 import os
 from pathlib import Path
-
-# Triton decides when it is imported whether kernels run in its interpreter, so this precedes every import of torch.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # read when the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

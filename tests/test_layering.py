@@ -1,6 +1,8 @@
 """Imports run one way; see "Layout" in the README."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ ALLOWED = {
 
 
 def imported(source: str) -> set[str]:
-    """First-level parts of `simclr_fast` (and `bench`, `tests`, top-level `kernels`) that a source imports, anywhere in it."""
+    """Parts of `simclr_fast`, and `bench`, `tests` or a top-level `kernels`, that a source imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         names = []
@@ -85,3 +87,9 @@ def test_a_method_does_not_import_another():
     for path in files:
         others = {f"simclr_fast.methods.{other.stem}" for other in files if other != path}
         assert not any(name in path.read_text() for name in others)
+
+
+def test_importing_the_package_brings_neither_pipeline_nor_command_line():
+    code = "import sys, simclr_fast; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"nvidia", "tyro", "matplotlib", "rich", "tensorboard", "numba", "PIL"} & set(done.stdout.split())

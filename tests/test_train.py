@@ -1,4 +1,4 @@
-"""The command as its users run it, on a few tiny images: whole runs, stops and resumptions, several ranks, bad input."""
+"""The command as its users run it, on a few tiny images: whole runs, stops, several ranks, bad input."""
 
 import io
 import json
@@ -164,7 +164,9 @@ def test_a_truncated_checkpoint_gives_way_to_the_previous_one(images, whole, tmp
 def test_killed_at_any_moment_it_goes_on(images, tmp_path, how):
     out = tmp_path / "run"
     flags = ("--epochs", "400")
-    process = subprocess.Popen(command(images, out, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(images, out, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 120
     while not (out / "checkpoints" / "previous.pt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -185,7 +187,9 @@ def test_two_ranks_learn_what_one_learns(images, whole, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = weights(whole), weights(out)
     for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            two[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
     losses = [[record["loss"] for record in read_metrics(folder)] for folder in (whole, out)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
     assert done.stdout.count("kNN accuracy") == 1
