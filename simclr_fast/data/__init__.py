@@ -9,14 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.data.policy import Params, Policy, stream
+from simclr_fast.data.policy import Batch, Params, Policy, stream
 from simclr_fast.data.sources import DataError, Dataset, Split, open_dataset
 
-__all__ = ["DataError", "Dataset", "Params", "Policy", "Split", "engine_name", "eval_images", "open_dataset", "train_views"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "Params",
+    "Policy",
+    "Split",
+    "engine_name",
+    "eval_images",
+    "open_dataset",
+    "train_views",
+]
 
 ENGINES = ("auto", "dali", "torchvision")
-Batch = tuple[np.ndarray, tuple[Params, ...]]
-"""What an engine is to make: the images [B], and the parameters of each view of them."""
 
 
 def train_views(
@@ -50,7 +58,9 @@ def train_views(
             f"batch must be divisible by world and at most the {len(split)} images, got batch={batch}, world={world}"
         )
     plan = partial(_train_batch, split, policy, batch, seed, rank, world)
-    for (view1, view2), indices in _run(engine, split, policy, range(start_step, start_step + steps), plan, workers, device):
+    for (view1, view2), indices in _run(
+        engine, split, policy, range(start_step, start_step + steps), plan, workers, device
+    ):
         yield view1, view2, indices
 
 
@@ -99,6 +109,8 @@ def _dali_fault() -> str:
 
 
 def _run(engine, split, policy, steps, plan, workers, device):
+    if not steps:
+        return iter(())
     if engine_name(engine)[0] == "dali":
         from simclr_fast.data.dali import run
     else:

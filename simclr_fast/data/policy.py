@@ -73,6 +73,15 @@ class Params:
     order: np.ndarray  # uint8 [B, 4]: the order of those four
     sigma: np.ndarray  # float32 [B]: of the blur in pixels of the view, 0 for none
 
+    def packed(self) -> np.ndarray:
+        """float32 [B, 16]: window (4), flip, jitter, gray, factors (4), order (4), sigma."""
+        flags = self.flip, self.jitter, self.gray
+        return np.column_stack([self.window, *flags, self.factors, self.order, self.sigma]).astype(np.float32)
+
+
+Batch = tuple[np.ndarray, tuple[Params, ...]]
+"""What an engine is to make: images [B] of a split, and the parameters of each view of them."""
+
 
 @dataclass(frozen=True)
 class Policy:

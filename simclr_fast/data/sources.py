@@ -105,7 +105,9 @@ def open_dataset(spec: str, workers: int = 0) -> Dataset:
         raise DataError(f"data must be a folder, a .tar or a .txt list of images, got {spec!r}")
     samples = _checked(files, workers or os.cpu_count() or 1)
     if not samples:
-        raise DataError(f"data must hold images ({', '.join(EXTENSIONS)}, or .tar files of them), found none in {spec!r}")
+        raise DataError(
+            f"data must hold images ({', '.join(EXTENSIONS)}, or .tar files of them), found none in {spec!r}"
+        )
     return _assemble(root.name.split(".")[0], samples, spec)
 
 
@@ -234,7 +236,9 @@ def _assemble(name: str, samples: list[_Sample], spec: str) -> Dataset:
     skipped = [(s.name, s.fault) for s in samples if s.fault]
     good = [s for s in samples if not s.fault]
     if not good:
-        raise DataError(f"data must hold images that can be read, all {len(skipped)} in {spec!r} fail; {skipped[0][0]}: {skipped[0][1]}")
+        raise DataError(
+            f"data must hold images that can be read, all {len(skipped)} in {spec!r} fail; {skipped[0][0]}: {skipped[0][1]}"
+        )
     good = _below_common_folder(good)
     parts: dict[str, list[_Sample]] = {}
     for sample in good:
