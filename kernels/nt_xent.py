@@ -153,12 +153,12 @@ def gradient_kernel(
     for start in range(0, R, BLOCK_J):
         j = start + column
         z_j = _rows(z_ptr, j, j < R, BLOCK_D)  # [BLOCK_J, BLOCK_D]
-        lse_j = tl.load(lse_ptr + j, mask=j < R, other=float("inf")) * LOG2_E
+        lse_j = tl.load(lse_ptr + j, mask=j < R, other=0.0) * LOG2_E
         g_j = tl.load(g_ptr + j, mask=j < R, other=0.0) * FP16_SCALE
         s = tl.dot(z_i, tl.trans(z_j), input_precision=PRECISION) * scale  # [BLOCK_I, BLOCK_J]
+        s = tl.where((j[None, :] == i[:, None]) | (j[None, :] >= R), -float("inf"), s)
         w = g_i[:, None] * tl.exp2(s - lse_i[:, None]) + g_j[None, :] * tl.exp2(s - lse_j[None, :])
         w = tl.where(j[None, :] == positive[:, None], -pull[:, None], w)
-        w = tl.where((j[None, :] == i[:, None]) | (j[None, :] >= R), 0.0, w)
         dz = tl.dot(w.to(z_j.dtype), z_j, dz, input_precision=PRECISION)
     offset = row.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)
     tl.store(dz_ptr + offset, dz / FP16_SCALE, mask=owned[:, None])

@@ -124,7 +124,7 @@ def nt_xent(
     if not return_stats:
         return loss
     names = ("contrastive_top1", "contrastive_entropy", "alignment")
-    return loss, dict(zip(names, _stats(z.detach(), tau.detach(), len(z1), rank).unbind(), strict=True))
+    return loss, dict(zip(names, _stats(z.detach(), tau.detach(), z1.shape[0], rank).unbind(), strict=True))
 
 
 def _require(*rules: tuple[bool, str, object]) -> None:
@@ -181,9 +181,9 @@ def _forward(
 
 @_forward.register_fake
 def _(x1, x2, tau, backend, precision, eps, gain, group, rank, world):
-    unit = tau.new_empty(2 * len(x1), x1.shape[1])
-    z = importlib.import_module(KERNELS[backend]).operand(unit, precision)
-    return tau.new_empty(len(z)), z.new_empty(world * len(z), z.shape[1]), tau.new_empty(world * len(z))
+    own = 2 * x1.shape[0]  # not len(): that would fix N while compiling
+    z = importlib.import_module(KERNELS[backend]).operand(tau.new_empty(own, x1.shape[1]), precision)
+    return tau.new_empty(own), z.new_empty(world * own, z.shape[1]), tau.new_empty(world * own)
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_backward", mutates_args=())
@@ -208,7 +208,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad, x1, x2, tau, rows, z, lse, backend, precision, eps, rank):
-    return x1.new_empty(2 * len(x1), x1.shape[1]), torch.empty_like(tau)
+    return x1.new_empty(2 * x1.shape[0], x1.shape[1]), torch.empty_like(tau)
 
 
 def _save(ctx, inputs, output) -> None:
