@@ -29,21 +29,26 @@ def render(out, image, row, radius, tf, mean, std):
     planes = np.empty((3, size * size), np.float32)
     _resize(planes, size, image, int(row[0]), int(row[1]), int(row[2]), int(row[3]), tf)
     if row[5]:
-        for k in range(11, 15):
-            if row[k] == 0:
-                _brightness(planes, row[7])
-            elif row[k] == 1:
-                _contrast(planes, row[8], tf)
-            elif row[k] == 2:
-                _saturation(planes, row[9], tf)
-            else:
-                _hue(planes, row[10])
+        _jitter(planes, row, tf)
     if row[6]:
         _gray(planes)
     _clamp_all(planes)
     if row[15] > 0 and radius > 0:
         _blur(planes, size, row[15], radius, tf)
     _store(out, planes, row[4] > 0, mean, std)
+
+
+@_compiled
+def _jitter(planes, row, tf):
+    for k in range(11, 15):
+        if row[k] == 0:
+            _brightness(planes, row[7])
+        elif row[k] == 1:
+            _contrast(planes, row[8], tf)
+        elif row[k] == 2:
+            _saturation(planes, row[9], tf)
+        else:
+            _hue(planes, row[10])
 
 
 @_compiled

@@ -227,7 +227,7 @@ def _check(sample: _Sample) -> _Sample:
             return sample._replace(height=image.height, width=image.width)
     except Image.UnidentifiedImageError:
         return sample._replace(fault="it is not an image")
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return sample._replace(fault=str(error) or type(error).__name__)
 
 

@@ -1,0 +1,136 @@
+"""The DALI engine: the same stream however it is cut, and the views of the torchvision engine."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simclr_fast.data import Dataset, Policy, engine_name, eval_images, open_dataset, train_views
+
+if engine_name("auto")[0] != "dali":
+    pytest.skip(engine_name("auto")[1], allow_module_level=True)
+
+KINDS = {
+    "rgb.jpg": ("RGB", "JPEG", {}),
+    "progressive.jpg": ("RGB", "JPEG", {"progressive": True}),
+    "full.jpg": ("RGB", "JPEG", {"subsampling": 0}),
+    "gray.jpg": ("L", "JPEG", {}),
+    "cmyk.jpg": ("CMYK", "JPEG", {}),
+    "rgb.png": ("RGB", "PNG", {}),
+    "palette.png": ("P", "PNG", {}),
+    "alpha.png": ("RGBA", "PNG", {}),
+    "deep.png": ("I;16", "PNG", {}),
+    "web.webp": ("RGB", "WEBP", {"lossless": True}),
+    "plain.bmp": ("RGB", "BMP", {}),
+    "plain.ppm": ("RGB", "PPM", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def photos(shared: Path) -> Dataset:
+    return open_dataset(str(shared / "data" / "photos-256.tar"))
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """One picture in every format that is taken, and one turned by EXIF."""
+    root = tmp_path_factory.mktemp("kinds")
+    y, x = np.mgrid[:50, :70]
+    picture = np.stack([3 * x, 255 - 2 * y, 2 * (x + y)], axis=-1).clip(0, 255).astype(np.uint8)
+    for name, (mode, kind, options) in KINDS.items():
+        image = Image.fromarray(picture).convert(mode if mode != "I;16" else "L")
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        image.save(root / name, kind, **options)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(root / "turned.jpg", exif=exif)
+    return open_dataset(str(root))
+
+
+def views(
+    data: Dataset, size: int = 32, batch: int = 16, start: int = 0, steps: int = 3, dialect="torchvision", **options
+):
+    policy = Policy(size, dialect=dialect)
+    made = train_views(
+        data.train, policy, batch=batch, seed=3, start_step=start, steps=steps, **({"engine": "dali"} | options)
+    )
+    first, second, indices = zip(*made, strict=True)
+    return torch.stack(first), torch.stack(second), np.stack(indices)
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_shape_strides_and_type(photos: Dataset):
+    view = next(train_views(photos.train, Policy(24), batch=8, seed=0, start_step=0, steps=1, engine="dali"))[0]
+    assert (view.shape, view.dtype) == ((8, 3, 24, 24), torch.float32)
+    assert view.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_ranks_get_the_rows_of_the_global_batch(photos: Dataset):
+    whole = views(photos)
+    ranks = [views(photos, rank=rank, world=2) for rank in (0, 1)]
+    assert same(whole, [np.concatenate(parts, axis=1) for parts in zip(*ranks, strict=True)])
+
+
+def test_any_number_of_workers_and_any_start_give_the_same_bytes(photos: Dataset):
+    whole = views(photos, steps=5)
+    assert same(whole, views(photos, steps=5, workers=1))
+    assert same([part[3:] for part in whole], views(photos, start=3, steps=2, workers=3))
+
+
+@pytest.mark.parametrize("dialect", ["torchvision", "tf"])
+@pytest.mark.parametrize("size", [32, 224])
+def test_engines_agree(photos: Dataset, dialect: str, size: int):
+    a = views(photos, size, steps=1, batch=24, dialect=dialect)
+    b = views(photos, size, steps=1, batch=24, dialect=dialect, engine="torchvision", workers=0)
+    assert np.array_equal(a[2], b[2])
+    std = torch.tensor(Policy(size, dialect=dialect).std).view(3, 1, 1)
+    for one, other in zip(a[:2], b[:2], strict=True):
+        levels = 255 * std * (one - other).abs()
+        assert levels.mean() < 0.02
+        assert levels.max() < 1
+
+
+def test_engines_decode_every_format_alike(kinds: Dataset):
+    assert len(kinds.train) == len(KINDS) + 1
+    made = {}
+    for engine in ("dali", "torchvision"):
+        ((images, indices),) = eval_images(kinds.train, Policy(48, dialect="tf"), batch=99, workers=0, engine=engine)
+        assert indices.tolist() == list(range(len(kinds.train)))
+        made[engine] = 255 * images
+    levels = (made["dali"] - made["torchvision"]).abs().amax((1, 2, 3))
+    assert dict(zip(kinds.train.names, (levels > 1).tolist(), strict=True)) == dict.fromkeys(kinds.train.names, False)
+    rgb, turned = (made["dali"][kinds.train.names.index(name)] for name in ("rgb.jpg", "turned.jpg"))
+    assert (rgb - turned).abs().max() < 1
+
+
+def test_chosen_images_come_in_order_and_the_last_batch_is_short(photos: Dataset):
+    chosen = np.array([5, 3, 200, 4, 4])
+    batches = list(eval_images(photos.train, Policy(32), batch=2, engine="dali", indices=chosen))
+    assert [len(images) for images, _ in batches] == [2, 2, 1]
+    assert np.concatenate([indices for _, indices in batches]).tolist() == chosen.tolist()
+    assert not list(eval_images(photos.train, Policy(32), batch=2, engine="dali", indices=np.array([], int)))
+
+
+def test_a_file_that_vanishes_is_named(tmp_path: Path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    data = open_dataset(str(tmp_path))
+    (tmp_path / "b.png").unlink()
+    with pytest.raises((OSError, RuntimeError), match=r"b\.png"):
+        list(train_views(data.train, Policy(8), batch=2, seed=0, start_step=0, steps=2, engine="dali"))
+
+
+def test_stopping_early_leaves_no_thread(photos: Dataset):
+
+    before = threading.active_count()
+    made = train_views(photos.train, Policy(32), batch=8, seed=0, start_step=0, steps=1000, engine="dali")
+    next(made)
+    made.close()
+    assert threading.active_count() == before
