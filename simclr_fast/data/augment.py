@@ -15,15 +15,9 @@ _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 
 @_compiled
 def render(out, image, row, radius, tf, mean, std):
-    """One view of one image.
+    """One view of an image [H, W, 3] uint8, into `out` [S, S, 3] float32.
 
-    Args:
-        out: [S, S, 3] float32, written.
-        image: [H, W, 3] uint8.
-        row: of `Params.packed`.
-        radius: of the blur in pixels; the number of taps is 2 * radius + 1.
-        tf: whether the dialect is `tf`.
-        mean, std: [3] float32.
+    `row` is one of `Params.packed`, `radius` the policy's `blur_radius`; mean and std are float32 [3].
     """
     size = out.shape[0]
     planes = np.empty((3, size * size), np.float32)
@@ -32,7 +26,7 @@ def render(out, image, row, radius, tf, mean, std):
         _jitter(planes, row, tf)
     if row[6]:
         _gray(planes)
-    _clamp_all(planes)
+    _brightness(planes, _ONE)  # clamps
     if row[15] > 0 and radius > 0:
         _blur(planes, size, row[15], radius, tf)
     _store(out, planes, row[4] > 0, mean, std)
@@ -67,7 +61,7 @@ def _cubic(x):
 
 @_compiled
 def _taps(length, size, antialias):
-    """(first, weights): output pixel i is the sum over k of weights[i, k] * input[first[i] + k]; the edge cuts taps off."""
+    """(first, weights): pixel i is the sum over k of weights[i, k] * input[first[i] + k]; the edge cuts taps off."""
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
     first = np.empty(size, np.int64)
@@ -107,16 +101,8 @@ def _resize(planes, size, image, top, left, height, width, tf):
             planes[0, y * size + x] = r
             planes[1, y * size + x] = g
             planes[2, y * size + x] = b
-    if not tf:
-        _clamp_all(planes)
-
-
-@_compiled
-def _clamp_all(planes):
-    for c in range(3):
-        plane = planes[c]
-        for i in range(plane.size):
-            plane[i] = _clamp(plane[i])
+    if not tf:  # which clamps after the next operator only
+        _brightness(planes, _ONE)
 
 
 @_compiled

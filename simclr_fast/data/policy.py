@@ -132,7 +132,7 @@ class Policy:
         return self.size // 10 // 2
 
     def draw(self, seed: int, epochs: np.ndarray, indices: np.ndarray, view: int, sizes: np.ndarray) -> Params:
-        """Parameters of a view (0 or 1) of images `indices` [B] in passes `epochs` [B]; `sizes` [B, 2] height, width."""
+        """Parameters of a view (0 or 1) of images `indices` [B] in `epochs` [B]; `sizes` [B, 2] is height, width."""
         keys = _hash(seed, epochs, indices, view)
         n, strength = len(keys), self.jitter_strength
 
@@ -166,7 +166,7 @@ class Policy:
         return window
 
     def center(self, sizes: np.ndarray) -> Params:
-        """The evaluation's crop: the central square of .875 of the shorter side, all of it for views up to 32 pixels."""
+        """For evaluation: the central square of .875 of the shorter side, all of it for views up to 32 pixels."""
         n = len(sizes)
         side = np.min(sizes, axis=1)
         if self.size > MAX_UNCROPPED:
@@ -178,7 +178,7 @@ class Policy:
             flip=off,
             jitter=off,
             gray=off,
-            factors=np.tile(np.float32([1, 1, 1, 0]), (n, 1)),
+            factors=np.tile(np.array([1, 1, 1, 0], np.float32), (n, 1)),
             order=np.tile(np.arange(4, dtype=np.uint8), (n, 1)),
             sigma=np.zeros(n, np.float32),
         )

@@ -97,9 +97,7 @@ def open_dataset(spec: str, workers: int = 0) -> Dataset:
     root = _root(spec)
     if root.is_dir():
         files = list(_walk(root, EXTENSIONS)) or list(_walk(root, (".tar",)))
-    elif root.suffix.lower() == ".tar":
-        files = [(root.name, str(root))]
-    elif root.suffix.lower() in (".txt", ".tsv", ".lst", ".list"):
+    elif root.suffix.lower() in (".tar", ".txt"):
         files = [(root.name, str(root))]
     else:
         raise DataError(f"data must be a folder, a .tar or a .txt list of images, got {spec!r}")
@@ -220,7 +218,7 @@ def _check(sample: _Sample) -> _Sample:
         encoded = np.fromfile(sample.path, np.uint8, sample.length, offset=sample.offset)
         if not encoded.size:
             return sample._replace(fault="it has zero bytes")
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded.tobytes())) as image:
             if image.format not in FORMATS:
                 return sample._replace(fault=f"{image.format} is not supported, only {', '.join(FORMATS)}")
             image.load()
@@ -236,9 +234,8 @@ def _assemble(name: str, samples: list[_Sample], spec: str) -> Dataset:
     skipped = [(s.name, s.fault) for s in samples if s.fault]
     good = [s for s in samples if not s.fault]
     if not good:
-        raise DataError(
-            f"data must hold images that can be read, all {len(skipped)} in {spec!r} fail; {skipped[0][0]}: {skipped[0][1]}"
-        )
+        first = ": ".join(skipped[0])
+        raise DataError(f"data must hold images that can be read, all {len(skipped)} in {spec!r} fail; {first}")
     good = _below_common_folder(good)
     parts: dict[str, list[_Sample]] = {}
     for sample in good:

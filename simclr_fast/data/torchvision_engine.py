@@ -1,4 +1,4 @@
-"""The engine for where DALI cannot be had: Pillow decodes, torchvision's operators make the views, in worker processes."""
+"""The engine for where DALI cannot be had: Pillow decodes, torchvision makes the views, in worker processes."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class _Steps(Dataset):
 
 def decode(encoded: np.ndarray) -> Tensor:
     """uint8 [3, H, W], not rotated by EXIF."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        return F.pil_to_tensor(image.convert("RGB"))
+    image: Image.Image = Image.open(io.BytesIO(encoded.tobytes()))
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return F.pil_to_tensor(image.convert("RGB"))
 
 
 def _view(image: Tensor, params: Params, row: int, policy: Policy) -> Tensor:
     """float32 [3, S, S]."""
     tf = policy.dialect == "tf"
     crop = F.to_dtype(F.crop(image, *params.window[row].tolist()), torch.float32, scale=True)
-    x = _resize_tf(crop, policy.size) if tf else _resize(crop, policy.size).clamp(0, 1)
+    x = _resize_tf(crop, policy.size) if tf else _resize(crop, policy.size)
     if params.jitter[row]:
         operators = (F.adjust_brightness, *((_contrast_tf, _saturation_tf) if tf else _TORCHVISION), F.adjust_hue)
         for op in params.order[row]:
@@ -87,7 +87,7 @@ _TORCHVISION = (F.adjust_contrast, F.adjust_saturation)
 
 
 def _resize(crop: Tensor, size: int) -> Tensor:
-    return F.resize(crop, [size, size], interpolation=F.InterpolationMode.BICUBIC, antialias=True)
+    return F.resize(crop, [size, size], F.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
 
 
 def _resize_tf(x: Tensor, size: int) -> Tensor:
