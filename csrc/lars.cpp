@@ -47,12 +47,11 @@ struct Plan {
     std::vector<size_t> owner;                      // of each chunk: its entry
     std::vector<std::pair<Tensor, Tensor>> copies;  // (the caller's, ours)
 
-    Plan(const Tensors& params, const Tensors& grads, const Tensors& velocities,
-         const std::vector<int64_t>& groups, const Tensor& hyper) {
+    Plan(const Tensors& params, const Tensors& grads, const Tensors& velocities, const std::vector<int64_t>& groups,
+         const Tensor& hyper) {
         auto pointer = [](const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
         for (size_t n = 0; n < params.size(); ++n) {
-            STD_TORCH_CHECK(groups[n] >= 0 && groups[n] < hyper.sizes()[0], "groups[", n,
-                            "] is not in hyper");
+            STD_TORCH_CHECK(groups[n] >= 0 && groups[n] < hyper.sizes()[0], "groups[", n, "] is not in hyper");
             for (const Tensor* t : {&params[n], &grads[n], &velocities[n]})
                 STD_TORCH_CHECK(alike(*t, params[n], params[0]), "tensors differ in shape, dtype or device");
             if (params[n].numel() == 0) continue;
@@ -60,8 +59,8 @@ struct Plan {
             Tensor g = in_order(grads[n], w) ? grads[n] : copy(grads[n], w);
             Tensor v = in_order(velocities[n], w) ? velocities[n] : copy(velocities[n], w);
             const double* h = static_cast<const double*>(hyper.const_data_ptr()) + FIELDS * groups[n];
-            entries.push_back({pointer(w), pointer(g), pointer(v), w.numel(), int64_t(owner.size()), T(h[0]),
-                               T(h[1]), T(h[2]), T(h[3]), h[4] != 0, h[5] != 0, h[6] != 0, h[7] != 0});
+            entries.push_back({pointer(w), pointer(g), pointer(v), w.numel(), int64_t(owner.size()), T(h[0]), T(h[1]),
+                               T(h[2]), T(h[3]), h[4] != 0, h[5] != 0, h[6] != 0, h[7] != 0});
             owner.insert(owner.end(), entries.back().chunks(), entries.size() - 1);
         }
     }
@@ -128,11 +127,9 @@ void step_cuda(Plan<float> plan, const Tensor& like) {
 // tensor's row.
 void lars_step(Tensors params, Tensors grads, Tensors velocities, std::vector<int64_t> groups, Tensor hyper) {
     size_t n = params.size();
-    STD_TORCH_CHECK(grads.size() == n && velocities.size() == n && groups.size() == n,
-                    "lists differ in length");
+    STD_TORCH_CHECK(grads.size() == n && velocities.size() == n && groups.size() == n, "lists differ in length");
     bool rows = hyper.dim() == 2 && hyper.sizes()[1] == FIELDS && hyper.is_contiguous() && hyper.is_cpu();
-    STD_TORCH_CHECK(rows && hyper.scalar_type() == ScalarType::Double,
-                    "hyper must be CPU float64 [groups, 8]");
+    STD_TORCH_CHECK(rows && hyper.scalar_type() == ScalarType::Double, "hyper must be CPU float64 [groups, 8]");
     if (n == 0) return;
     auto dtype = params[0].scalar_type();
     if (dtype == ScalarType::Double && params[0].is_cpu())
@@ -159,6 +156,4 @@ STABLE_TORCH_LIBRARY_IMPL(simclr_fast, CUDA, m) {
 // (object header, init, index, copy), name, doc, size, and five hooks.
 static const void* module_def[13] = {(void*)1, 0, 0, 0, 0, "_C", 0, (void*)-1};
 extern "C" void* PyModule_Create2(void*, int);
-extern "C" __attribute__((visibility("default"))) void* PyInit__C() {
-    return PyModule_Create2(module_def, 3);
-}
+extern "C" __attribute__((visibility("default"))) void* PyInit__C() { return PyModule_Create2(module_def, 3); }

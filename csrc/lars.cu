@@ -54,13 +54,11 @@ __global__ void __launch_bounds__(THREADS) norms_kernel(const __grid_constant__ 
 }
 
 // A block owns a chunk: it adds up the sums of the tensor's chunks, then reads w, g, v and writes w, v once.
-__global__ void __launch_bounds__(THREADS)
-    update_kernel(const __grid_constant__ Table table, const Norms* partial) {
+__global__ void __launch_bounds__(THREADS) update_kernel(const __grid_constant__ Table table, const Norms* partial) {
     int64_t chunk = table.entries[0].first_chunk + blockIdx.x;
     const Entry<float>& e = table.find(chunk);
     Norms mine;
-    for (int64_t k = threadIdx.x; e.adapt && k < e.chunks(); k += THREADS)
-        mine.add(partial[e.first_chunk + k]);
+    for (int64_t k = threadIdx.x; e.adapt && k < e.chunks(); k += THREADS) mine.add(partial[e.first_chunk + k]);
     Factors<float> f = e.factors(block_sum(mine));
     int64_t begin = (chunk - e.first_chunk) * CHUNK, end = min(begin + CHUNK, e.numel);
     for (int64_t i = begin + threadIdx.x; i < end; i += THREADS) e.update(i, f);

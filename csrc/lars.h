@@ -67,7 +67,6 @@ struct Entry {  // one tensor; w, g and v are dense and in the same order
 
 // Steps `count` tensors on the current GPU; partial: room for the Norms of every chunk. Returns an error text
 // or null. Weak: it is null itself where the extension was built without CUDA.
-__attribute__((weak)) const char* launch_cuda(const Entry<float>*, size_t count, Norms* partial,
-                                              void* stream);
+__attribute__((weak)) const char* launch_cuda(const Entry<float>*, size_t count, Norms* partial, void* stream);
 
 }  // namespace simclr_fast

@@ -38,9 +38,7 @@ def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-def parameters(
-    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> list[Tensor]:
+def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
     """Random parameters with random gradients, the same on every call."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -252,8 +250,9 @@ def test_one_warning_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(lars, "_ABSENT", "cannot be loaded (not built)")
     lars._warn_once.cache_clear()
     optimizer = LARS(parameters((2, 2)), lr=1.0)
-    with pytest.warns(RuntimeWarning, match="plain PyTorch, more slowly: .*not built.*pip install"):
+    with pytest.warns(RuntimeWarning, match="plain PyTorch, more slowly: .*not built.*pip install") as record:
         optimizer.step()
+    assert record[0].filename == __file__
     optimizer.step()  # a second warning would be an error
     lars._warn_once.cache_clear()
 
@@ -303,11 +302,7 @@ def model_of(variables: list[dict]) -> nn.Module:
             parent = parent.get_submodule(part)
         if path[-1] not in parent._modules:
             norm = leaf in ("gamma", "beta")
-            shell = (
-                nn.BatchNorm2d(shape[0], device="meta")
-                if norm
-                else nn.Linear(1, 1, bias=False, device="meta")
-            )
+            shell = nn.BatchNorm2d(shape[0], device="meta") if norm else nn.Linear(1, 1, bias=False, device="meta")
             shell._parameters.clear()
             parent.add_module(path[-1], shell)
         torch_name = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}[leaf]

@@ -48,9 +48,7 @@ def test_without_a_compiler_the_wheel_is_pure(source: Path) -> None:
         names = archive.namelist()
     kernels = {f"simclr_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert kernels | {"simclr_fast/py.typed", "simclr_fast/optim/lars.py"} <= set(names)
-    assert not [
-        name for name in names if name.endswith(".so") or ".data" in name or name.startswith("kernels")
-    ]
+    assert not [name for name in names if name.endswith(".so") or ".data" in name or name.startswith("kernels")]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 

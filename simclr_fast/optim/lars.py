@@ -84,7 +84,7 @@ def _step_function(device: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> 
 
 @cache
 def _warn_once(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
+    warnings.warn(text, RuntimeWarning, stacklevel=6)  # the caller of LARS.step
 
 
 class LARS(Optimizer):
