@@ -180,9 +180,7 @@ def statistics(z: Tensor, tau: Tensor, n: int, first: int, precision: str) -> tu
     return rest, match
 
 
-def gradient(
-    z: Tensor, tau: Tensor, lse: Tensor, g: Tensor, pull: Tensor, first: int, precision: str
-) -> Tensor:
+def gradient(z: Tensor, tau: Tensor, lse: Tensor, g: Tensor, pull: Tensor, first: int, precision: str) -> Tensor:
     """tau dL/dz of the same anchors, [2n, BLOCK_D] fp32."""
     dz, n = torch.empty(len(pull), z.shape[1], device=z.device), len(pull) // 2
     _launch(gradient_kernel, 1, precision, n, z, tau, lse, g, pull, dz, n, len(z) // 2, first)

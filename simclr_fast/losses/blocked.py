@@ -29,9 +29,7 @@ def statistics(z: Tensor, tau: Tensor, n: int, first: int, precision: str) -> tu
     return rest, match
 
 
-def gradient(
-    z: Tensor, tau: Tensor, lse: Tensor, g: Tensor, pull: Tensor, first: int, precision: str
-) -> Tensor:
+def gradient(z: Tensor, tau: Tensor, lse: Tensor, g: Tensor, pull: Tensor, first: int, precision: str) -> Tensor:
     """tau dL/dz of the same anchors, [2n, D]."""
     dz = z.new_empty(len(pull), z.shape[1])
     for here, i, positive in _blocks(len(pull) // 2, len(z) // 2, first):

@@ -77,7 +77,7 @@ def nt_xent(
         ValueError: an argument breaks its rule.
     Source: Chen et al. 2020, arXiv:2002.05709, equation 1.
     """
-    inputs = [(list(z.shape), z.dtype, z.device.type) for z in (z1, z2)]
+    inputs = [(list(z.shape), z.dtype, z.device) for z in (z1, z2)]
     dtype = torch.promote_types(z1.dtype, torch.float32)
     if isinstance(temperature, Tensor):
         tau, valid = (
@@ -105,11 +105,7 @@ def nt_xent(
         (HAS_TRITON or not triton, "backend must not be 'triton' where Triton is not installed", backend),
         (fits or not triton, f"z1 must have D <= {TRITON_MAX_D}, not float64, for backend='triton'", inputs),
         (triton or precision in plain, f"precision must be in {plain} for {backend=}, {dtype}", precision),
-        (
-            world == 1 or reduction != "none",
-            "reduction must be 'mean' or 'sum' with several ranks",
-            reduction,
-        ),
+        (world == 1 or reduction != "none", "reduction must be 'mean' or 'sum' with several ranks", reduction),
         (world == 1 or backend != "reference", "backend must not be 'reference' with several ranks", backend),
     )
 
@@ -222,9 +218,7 @@ def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 10
     saved = ctx.saved_tensors
-    dx, dtau = _backward(
-        (grad * ctx.gain).contiguous(), *saved, ctx.backend, ctx.precision, ctx.eps, ctx.rank
-    )
+    dx, dtau = _backward((grad * ctx.gain).contiguous(), *saved, ctx.backend, ctx.precision, ctx.eps, ctx.rank)
     return *dx.chunk(2), dtau, *(None,) * 7
 
 
