@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as F
 
 from simclr_fast import data
 from simclr_fast.data import Policy, engine_name, open_dataset, torchvision_engine, train_views
@@ -75,3 +76,15 @@ def test_tf_operators(vectors: Path):
         x = torch.from_numpy(arrays[f"img/{case['img']}"]).permute(2, 0, 1)
         got = operators[case["op"]](x, case["value"]).clamp(0, 1).permute(1, 2, 0)
         np.testing.assert_allclose(got, arrays[case["key"]].clip(0, 1), atol=1e-12, err_msg=case["key"])
+
+
+def test_blur_is_torchvisions_and_tensorflows(vectors: Path):
+    x = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
+    for sigma in (0.1, 0.7, 2.0):
+        expected = F.gaussian_blur(x, [23, 23], sigma)
+        torch.testing.assert_close(torchvision_engine._blur(x, sigma, 11, False), expected, atol=1e-5, rtol=0)
+    arrays = np.load(vectors / "augment.npz")
+    for case in json.loads((vectors / "augment_cases.json").read_text())["blur"]:
+        x = torch.from_numpy(arrays[case["image"]]).float().permute(2, 0, 1)
+        got = torchvision_engine._blur(x, case["sigma"], case["taps"] // 2, True).permute(1, 2, 0)
+        np.testing.assert_allclose(got, arrays[case["key"]], atol=2e-6, err_msg=case["key"])

@@ -61,8 +61,9 @@ def decode(encoded: np.ndarray) -> Tensor:
 def _view(image: Tensor, params: Params, row: int, policy: Policy) -> Tensor:
     """float32 [3, S, S]."""
     tf = policy.dialect == "tf"
-    crop = F.to_dtype(F.crop(image, *params.window[row].tolist()), torch.float32, scale=True)
-    x = _resize_tf(crop, policy.size) if tf else _resize(crop, policy.size)
+    crop = F.crop(image, *params.window[row].tolist()).contiguous()
+    x = F.to_dtype(crop, torch.float32, scale=True)
+    x = _resize_tf(x, policy.size) if tf else _resize(x, policy.size)
     if params.jitter[row]:
         operators = (F.adjust_brightness, *((_contrast_tf, _saturation_tf) if tf else _TORCHVISION), F.adjust_hue)
         for op in params.order[row]:
@@ -70,14 +71,8 @@ def _view(image: Tensor, params: Params, row: int, policy: Policy) -> Tensor:
     if params.gray[row]:
         x = F.rgb_to_grayscale(x, num_output_channels=3)
     x = x.clamp(0, 1)
-    radius, sigma = policy.blur_radius, float(params.sigma[row])
-    if sigma and radius:
-        size = [2 * radius + 1] * 2
-        x = (
-            F.pad(F.gaussian_blur(F.pad(x, [radius] * 4), size, sigma), [-radius] * 4)
-            if tf
-            else F.gaussian_blur(x, size, sigma)
-        )
+    if params.sigma[row] and policy.blur_radius:
+        x = _blur(x, float(params.sigma[row]), policy.blur_radius, tf)
     if params.flip[row]:
         x = F.horizontal_flip(x)
     return F.normalize(x, list(policy.mean), list(policy.std))
@@ -103,6 +98,18 @@ def _resize_tf(x: Tensor, size: int) -> Tensor:
         taps = x.movedim(axis, -1)[..., at.long().clamp(0, length - 1)]
         x = (taps * weights).sum(-1).movedim(-1, axis)
     return x
+
+
+def _blur(x: Tensor, sigma: float, radius: int, tf: bool) -> Tensor:
+    """F.gaussian_blur with 2 * radius + 1 taps (which is not separable there), in `tf` with zeros beyond the edge."""
+    size, offsets = x.shape[-1], torch.arange(-radius, radius + 1)
+    weights = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    at = torch.arange(size)[:, None] + offsets
+    inside = (at >= 0) & (at < size)
+    reflected = size - 1 - (size - 1 - at.abs()).abs()
+    taps = weights / weights.sum() * (inside if tf else torch.ones_like(inside))
+    matrix = torch.zeros(size, size).scatter_add_(1, reflected, taps)
+    return matrix @ x @ matrix.T
 
 
 def _contrast_tf(x: Tensor, factor: float) -> Tensor:
