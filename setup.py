@@ -139,7 +139,6 @@ setup(
         "pillow>=11",
         "tyro>=1.0",
         "tensorboard>=2.20",
-        "matplotlib>=3.10",
         "rich>=14",
     ],
     extras_require={"dev": ["pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1"]},

@@ -58,8 +58,10 @@ def claimed(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RunError(f"another process is writing to {folder}; wait for it, or choose another --out") from error
+        except OSError:  # a file system without locks
+            pass
         yield
 
 
