@@ -19,9 +19,7 @@ def _dense(c_in: int, c_out: int) -> tuple[nn.Linear, nn.BatchNorm1d]:
     return linear, nn.BatchNorm1d(c_out)
 
 
-def projection_head(
-    kind: Kind, in_features: int, *, out_features: int = 128, layers: int = 2
-) -> nn.Sequential:
+def projection_head(kind: Kind, in_features: int, *, out_features: int = 128, layers: int = 2) -> nn.Sequential:
     """Build a head with new weights: features [B, in_features] to embeddings [B, out_features], unnormalised.
 
     Args:

@@ -2,7 +2,7 @@
 
 Module names are torchvision's (conv1, layer1.0.bn2, ...), so its state dicts load both ways, except for `fc`.
 Initial weights are the original's: truncated normal convolutions of variance 1 / fan_in, and scale 0 in the
-last BN of every residual branch, so that each block starts as its shortcut.
+last BN of every residual branch (but for resnet8), so that each block starts as its shortcut.
 
 Sources: He et al. 2015, arXiv:1512.03385, with the stride of a bottleneck on its 3x3 convolution;
 Chen et al. 2020, arXiv:2002.05709; github.com/google-research/simclr.
@@ -26,10 +26,11 @@ class Arch(NamedTuple):
     bottleneck: bool
     depths: tuple[int, ...]
     stem: Stem | None = None  # overrules the caller's
+    zero_scale: bool = True  # in the last BN of every residual branch
 
 
 ARCHS = {
-    "resnet8": Arch(False, (1, 1, 1), (3, 2, False)),
+    "resnet8": Arch(False, (1, 1, 1), (3, 2, False), zero_scale=False),  # so shallow a net learns faster without
     "resnet18": Arch(False, (2, 2, 2, 2)),
     "resnet34": Arch(False, (3, 4, 6, 3)),
     "resnet50": Arch(True, (3, 4, 6, 3)),
@@ -48,7 +49,7 @@ def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 class Block(nn.Module):
     """relu(branch(x) + shortcut(x)); the branch is 3x3 and 3x3, or the bottleneck: 1x1, 3x3 and 1x1."""
 
-    def __init__(self, c_in: int, channels: int, c_out: int, stride: int, project: bool) -> None:
+    def __init__(self, c_in: int, channels: int, c_out: int, stride: int, project: bool, zero_scale: bool) -> None:
         super().__init__()
         self.bottleneck = c_out != channels
         kernel, strides = (1, (1, stride)) if self.bottleneck else (3, (stride, 1))
@@ -58,7 +59,8 @@ class Block(nn.Module):
             self.conv3, self.bn3 = _conv(channels, c_out, 1), nn.BatchNorm2d(c_out)
         shortcut = (_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out)) if project else ()
         self.downsample = nn.Sequential(*shortcut)
-        nn.init.zeros_((self.bn3 if self.bottleneck else self.bn2).weight)
+        if zero_scale:
+            nn.init.zeros_((self.bn3 if self.bottleneck else self.bn2).weight)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
@@ -88,8 +90,9 @@ class ResNet(nn.Module):
         for i, (name, depth) in enumerate(zip(self.groups, arch.depths, strict=True)):
             channels, stride = base * 2**i, min(i + 1, 2)
             c_out = channels * 4 if arch.bottleneck else channels
-            first = Block(c_in, channels, c_out, stride, project=official or stride > 1 or c_in != c_out)
-            rest = [Block(c_out, channels, c_out, 1, project=False) for _ in range(depth - 1)]
+            project = official or stride > 1 or c_in != c_out
+            first = Block(c_in, channels, c_out, stride, project, arch.zero_scale)
+            rest = [Block(c_out, channels, c_out, 1, False, arch.zero_scale) for _ in range(depth - 1)]
             self.add_module(name, nn.Sequential(first, *rest))
             c_in = c_out
         self.num_features = c_in
