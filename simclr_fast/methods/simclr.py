@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Ours, found by measurement on two CPU cores: bench/shapes_bench.py.
     "shapes": {
-        "arch": "resnet8", "width": 0.5, "image_size": 32, "batch": 128, "epochs": 12, "temperature": 0.1,
+        "arch": "resnet8", "width": 0.5, "image_size": 32, "batch": 128, "epochs": 10, "temperature": 0.1,
         "base_lr": 0.2, "trust_coefficient": 0.1, "weight_decay": 1e-4, "head_features": 64,
         "min_area": 0.3, "jitter": 0.5, "blur": 0.0,
     },
