@@ -170,9 +170,7 @@ def _neighbours(run: Run) -> str:
 def _tables(run: Run) -> str:
     tables = ""
     for name, rows in ("Settings", run.settings), ("Versions", run.versions):
-        cells = [
-            f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items()
-        ]
+        cells = [f"<tr><th>{escape(key)}</th><td>{escape(str(value))}</td></tr>" for key, value in rows.items()]
         tables += _section(name, "", f"<table>{''.join(cells)}</table>") if cells else ""
     return f'<div class="tables grid">{tables}</div>'
 

@@ -53,9 +53,7 @@ def run() -> Run:
         knn={"raw pixels": 0.25, "untrained encoder": 0.375, "trained encoder": 0.875},
         knn_note="of 2,000 test images",
         views=np.stack([np.stack([plain(c) for c in COLOURS[:3]])]),
-        neighbours=[
-            (plain(COLOURS[3]), "cat", [(plain(COLOURS[4]), "cat", 0.9), (plain(COLOURS[5]), "<dog>", 0.5)])
-        ],
+        neighbours=[(plain(COLOURS[3]), "cat", [(plain(COLOURS[4]), "cat", 0.9), (plain(COLOURS[5]), "<dog>", 0.5)])],
         notes=["took 3 s"],
     )
 
@@ -128,9 +126,7 @@ def test_text_is_escaped_and_complete(tmp_path, run):
 
 
 def test_images_survive(tmp_path, run):
-    large = (
-        np.random.default_rng(0).integers(0, 256, (1, 1, 1, 1, 3)).repeat(128, 2).repeat(128, 3).repeat(3, 1)
-    )
+    large = np.random.default_rng(0).integers(0, 256, (1, 1, 1, 1, 3)).repeat(128, 2).repeat(128, 3).repeat(3, 1)
     for views, form, tolerance in ((run.views, "PNG", 0), (large.astype(np.uint8), "JPEG", 3)):
         images = Reader(written(tmp_path, dataclasses.replace(run, views=views))).of("img")[:3]
         for tag, expected in zip(images, views[0], strict=True):
@@ -181,10 +177,7 @@ def test_curves_show_every_value_inside_the_chart(tmp_path, run):
 
 def test_loss_chart_has_the_level_of_chance(tmp_path, run):
     charts = curves(written(tmp_path, run))
-    levels = {
-        name: [p for p in svg.iter("path") if p.attrib.get("class") == "level"]
-        for name, svg in charts.items()
-    }
+    levels = {name: [p for p in svg.iter("path") if p.attrib.get("class") == "level"] for name, svg in charts.items()}
     assert [name for name, found in levels.items() if found] == ["Loss"]
     start = float(line(charts["Loss"]).split("L")[0].split()[1])
     level = float(levels["Loss"][0].attrib["d"].split()[1].split("H")[0])

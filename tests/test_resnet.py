@@ -56,9 +56,7 @@ def tensorflow_layers(encoder: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
             if len(block.downsample):
                 pairs.append((block.downsample[0], block.downsample[1]))
             pairs += [
-                (getattr(block, f"conv{i}"), getattr(block, f"bn{i}"))
-                for i in (1, 2, 3)
-                if hasattr(block, f"bn{i}")
+                (getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in (1, 2, 3) if hasattr(block, f"bn{i}")
             ]
     return pairs
 
@@ -204,9 +202,7 @@ def test_state_dicts_and_outputs_are_torchvisions(arch):
 def test_deep_state_dicts_have_torchvisions_names_and_shapes(arch):
     with torch.device("meta"):
         ours, theirs = resnet(arch), getattr(torchvision.models, arch)()
-    shapes = {
-        name: tensor.shape for name, tensor in theirs.state_dict().items() if not name.startswith("fc.")
-    }
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items() if not name.startswith("fc.")}
     assert {name: tensor.shape for name, tensor in ours.state_dict().items()} == shapes
 
 

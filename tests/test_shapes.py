@@ -22,9 +22,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hashlib.sha256(
-        b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in files)
-    ).hexdigest()
+    return hashlib.sha256(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in files)).hexdigest()
 
 
 def test_files_are_colour_jpegs_in_class_folders(cache):
