@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast import checkpoint, methods, report
 from simclr_fast.config import Config, ConfigError, choose
-from simclr_fast.data import DataError, Dataset, Policy, open_dataset, train_views
+from simclr_fast.data import KNOWN, DataError, Dataset, Policy, open_dataset, train_views
 from simclr_fast.distributed import Ranks, global_batchnorm, is_main, launch, launched, world_size
 from simclr_fast.environment import cpu_has_bf16, device_name, slower_for, versions
 from simclr_fast.optim import LARS, Schedule, describe_lr, lars_param_groups, scaled_lr, total_steps, warmup_steps
@@ -52,7 +52,8 @@ def parse(argv: Sequence[str]) -> Config:
     start = ("shapes" if data == "shapes" else "none") if preset == "auto" else preset
     default = method.Config.of(saved or method.PRESETS[start], given.config or f"preset {start}")
     cfg = tyro.cli(method.Config, prog=f"python -m {MODULE}", default=default, args=list(argv))
-    return dataclasses.replace(cfg, data=str(Path(cfg.data).resolve())) if Path(cfg.data).exists() else cfg
+    is_path = cfg.data not in KNOWN and Path(cfg.data).exists()
+    return dataclasses.replace(cfg, data=str(Path(cfg.data).resolve())) if is_path else cfg
 
 
 def _saved_settings(path: Path) -> dict[str, Any]:

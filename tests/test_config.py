@@ -15,6 +15,13 @@ def test_no_flags_are_the_shapes_preset():
     assert all(getattr(cfg, name) == value for name, value in PRESETS["shapes"].items())
 
 
+def test_a_folder_of_that_name_does_not_hide_the_shapes(tmp_path, monkeypatch):
+    (tmp_path / "shapes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert parse([]).data == "shapes"
+    assert parse(["--data", "./shapes"]).data == str(tmp_path / "shapes")
+
+
 def test_other_data_without_a_preset_are_the_defaults(tmp_path):
     cfg = parse(["--data", str(tmp_path)])
     assert cfg == Config(data=str(tmp_path))

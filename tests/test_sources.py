@@ -181,3 +181,9 @@ def test_the_sample_sets(shared: Path, tmp_path: Path):
     assert len(cifar.classes) == 10
     assert cifar.test is not None
     assert set(map(tuple, cifar.train.sizes)) == {(32, 32)}
+
+
+def test_a_link_to_a_folder_above_is_followed_once(tmp_path: Path):
+    root = fill(tmp_path / "data", "a/1.jpg", "b/2.jpg")
+    (root / "b" / "up").symlink_to(root)
+    assert len(open_dataset(str(root)).train) == 2

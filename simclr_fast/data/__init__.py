@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from simclr_fast.data.policy import Batch, Params, Policy, stream
-from simclr_fast.data.sources import DataError, Dataset, Split, open_dataset
+from simclr_fast.data.sources import KNOWN, DataError, Dataset, Split, open_dataset
 
 __all__ = [
+    "KNOWN",
     "DataError",
     "Dataset",
     "Params",

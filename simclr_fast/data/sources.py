@@ -106,7 +106,7 @@ def open_dataset(spec: str, workers: int = 0) -> Dataset:
         raise DataError(
             f"data must hold images ({', '.join(EXTENSIONS)}, or .tar files of them), found none in {spec!r}"
         )
-    return _assemble(root.name.split(".")[0], samples, spec)
+    return _assemble(spec if spec in KNOWN else root.name.split(".")[0], samples, spec)
 
 
 def _root(spec: str) -> Path:
@@ -126,7 +126,12 @@ def _root(spec: str) -> Path:
 
 def _walk(root: Path, extensions: tuple[str, ...]) -> Iterable[tuple[str, str]]:
     """(name, path) of the files below a folder that have one of the extensions, in a fixed order."""
+    seen = set()  # a link may lead back to a folder above it
     for folder, subfolders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders.sort()
         for file in sorted(files):
             if file.lower().endswith(extensions) and not file.startswith("."):
