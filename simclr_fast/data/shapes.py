@@ -27,19 +27,17 @@ SHIFT, RADIUS = 0.06, 0.45  # in pitches
 LEVEL = (100, 200)  # of the ground
 TINT, TEXTURE = 10, 12  # its standard deviations over channels, and over places
 CONTRAST = 60  # luma by which a glyph is at least darker than that level
-LUMA = (0.299, 0.587, 0.114)
-QUALITY = 92
+LUMA, QUALITY = (0.299, 0.587, 0.114), 92
 
 
 def _length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.sqrt(x * x + y * y)  # half the time of np.hypot
+    return np.sqrt(x * x + y * y)
 
 
 def _beyond(x: np.ndarray, y: np.ndarray, sides: int, distance: float) -> np.ndarray:
     """How many sides of a regular polygon, that distance from its centre, a point is beyond."""
     angles = np.linspace(0, 2 * np.pi, sides, endpoint=False)
-    sides_passed = [float(np.cos(a)) * x + float(np.sin(a)) * y > distance for a in angles]
-    return np.add.reduce(sides_passed, axis=0, dtype=np.uint8)
+    return np.sum([float(np.cos(a)) * x + float(np.sin(a)) * y > distance for a in angles], 0, np.uint8)
 
 
 # Whether a point of the plane is inside; every glyph fits into the unit disc.
@@ -100,8 +98,7 @@ def make_shapes(train: int = 400, test: int = 100) -> Path:
     folder = cache / f"shapes-{VERSION}-{train}-{test}"
     if folder.is_dir():
         return folder
-    kinds = range(len(GLYPHS))
-    jobs = [(split, kind, i) for split, n in enumerate((train, test)) for kind in kinds for i in range(n)]
+    jobs = [(split, kind, i) for split, n in enumerate((train, test)) for kind in range(10) for i in range(n)]
     print(f"drawing the {len(jobs):,} images of the data set shapes, once, into {folder}", file=sys.stderr)
     try:
         cache.mkdir(parents=True, exist_ok=True)
