@@ -37,7 +37,7 @@ def _length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _beyond(x: np.ndarray, y: np.ndarray, sides: int, distance: float) -> np.ndarray:
     """How many sides of a regular polygon, that distance from its centre, a point is beyond."""
     angles = np.linspace(0, 2 * np.pi, sides, endpoint=False)
-    return np.sum([float(np.cos(a)) * x + float(np.sin(a)) * y > distance for a in angles], 0, np.uint8)
+    return np.array([float(np.cos(a)) * x + float(np.sin(a)) * y > distance for a in angles]).sum(0)
 
 
 # Whether a point of the plane is inside; every glyph fits into the unit disc.
