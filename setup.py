@@ -141,5 +141,5 @@ setup(
         "tensorboard>=2.20",
         "rich>=14",
     ],
-    extras_require={"dev": ["pytest==9.2.0", "ruff==0.17.6", "mypy==2.4.1"]},
+    extras_require={"dev": ["pytest==9.2.0", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"]},
 )

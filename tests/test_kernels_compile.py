@@ -70,6 +70,9 @@ def compile_all(folder: Path, precisions: list[str]) -> dict[int, list[dict]]:
     return found
 
 
+PRECISIONS = ["fp16", "bf16", "tf32", "fp32"]
+
+
 def check(found: dict[int, list[dict]], precisions: list[str]) -> None:
     from simclr_fast.kernels import nt_xent
 
@@ -84,13 +87,9 @@ def check(found: dict[int, list[dict]], precisions: list[str]) -> None:
             assert any(instruction in found for found in usage["instructions"]) == expected, (arch, usage)
 
 
-def test_no_spills(tmp_path):
-    check(compile_all(tmp_path, ["fp16"]), ["fp16"])
-
-
 @pytest.mark.slow
-def test_no_spills_in_the_other_precisions(tmp_path):
-    check(compile_all(tmp_path, ["bf16", "tf32", "fp32"]), ["bf16", "tf32", "fp32"])
+def test_no_spills(tmp_path):
+    check(compile_all(tmp_path, PRECISIONS), PRECISIONS)
 
 
 if __name__ == "__main__":

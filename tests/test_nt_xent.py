@@ -13,9 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from simclr_fast.kernels import nt_xent as kernels
 from simclr_fast.losses import blocked, nt_xent
 
-# Triton 3.6's interpreter, whose loop bounds are arrays of one element; with NumPy >= 2.4 it does not run.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
-
 ops = importlib.import_module("simclr_fast.losses.nt_xent")
 CASES = ("n1 n2 n4 n5_odd n8 n16_t1 n64 n256 n8_nonorm_t10 n8_big n8_collapsed n4_zero_row n4_tiny_row").split()
 # The Triton kernels run on the GPU if there is one, else in Triton's interpreter.
