@@ -79,9 +79,10 @@ class Probe:
         found = {}
         if len(self.bank) * 3 * self.policy.size**2 <= PIXEL_NUMBERS:
             found["raw pixels"] = self.accuracy(nn.Flatten())
+        some = self.bank[:: max(1, len(self.bank) // (4 * EVAL_BATCH))]
         with self._autocast:
-            some = self.bank[:: max(1, len(self.bank) // (4 * EVAL_BATCH))]
-            found["untrained encoder"] = self.accuracy(knn.calibrated(encoder, self._images(self.train, some)))
+            calibrated = knn.calibrated(encoder, self._images(self.train, some))
+        found["untrained encoder"] = self.accuracy(calibrated)
         return found
 
     def pictures(self, encoder: nn.Module, seed: int) -> dict[str, Any]:

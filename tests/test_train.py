@@ -184,6 +184,12 @@ def test_killed_at_any_moment_it_goes_on(images, tmp_path, how):
     assert recorder_steps[-1] >= state["step"]
 
 
+def test_bf16_ends_with_the_run(images, tmp_path):
+    assert run(images, tmp_path / "run", "--epochs", "1", "--precision", "bf16") == 0
+    assert not torch.is_autocast_enabled("cpu")
+    assert np.isfinite(read_metrics(tmp_path / "run")[-1]["loss"])
+
+
 def test_two_ranks_learn_what_one_learns(images, whole, tmp_path):
     out = tmp_path / "run"
     done = subprocess.run(command(images, out, "--ranks", "2"), cwd=ROOT, capture_output=True, text=True, timeout=300)
