@@ -33,19 +33,18 @@ def save(folder: Path, state: dict[str, Any], *, best: bool) -> None:
             file.flush()
             os.fsync(file.fileno())
         if best:
-            copy = folder / f"{BEST}.new"
-            copy.unlink(missing_ok=True)
-            _link(new, copy)
-            os.replace(copy, folder / BEST)
+            _copy(new, folder / BEST)
         if (folder / LAST).exists():
-            os.replace(folder / LAST, folder / PREVIOUS)
+            _copy(folder / LAST, folder / PREVIOUS)
         os.replace(new, folder / LAST)
-    except (OSError, RuntimeError) as error:  # torch's zip writer turns a full disk into RuntimeError
-        for leftover in (new, folder / f"{BEST}.new"):
-            leftover.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        for name in (LAST, PREVIOUS, BEST):
+            (folder / f"{name}.new").unlink(missing_ok=True)
+        # torch's zip writer hides what the disk said behind a RuntimeError of its own.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
         good = f"still good there: {', '.join(kept)}" if kept else "there is no earlier one"
-        raise CheckpointError(f"could not write a checkpoint in {folder}: {error}; {good}") from error
+        raise CheckpointError(f"could not write a checkpoint in {folder}: {reason}; {good}") from error
 
 
 def load(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -65,6 +64,7 @@ def load(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             return read(path), complaints
         except CheckpointError as error:
             complaints.append(str(error))
+            os.replace(path, folder / f"{name}.bad")  # the next one must not push the good one out
     if complaints:
         raise CheckpointError("; ".join(complaints) + "; start afresh with --resume never")
     return None, complaints
@@ -83,8 +83,12 @@ def read(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {first}") from error
 
 
-def _link(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
+    """Put the file under a second name, whole or not at all."""
+    new = target.with_name(f"{target.name}.new")
+    new.unlink(missing_ok=True)
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        os.link(source, new)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, new)
+    os.replace(new, target)

@@ -6,10 +6,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -32,8 +33,9 @@ class Config:
     """Training method, one of the files in simclr_fast/methods."""
 
     preset: str = "auto"
-    """Settings to start from: `imagenet` and `cifar10` are the paper's, `shapes` is the demonstration's; `auto` is
-    `shapes` for that data and else `none`. Other flags override it."""
+    """Settings to start from, which other flags override: `imagenet` and `cifar10` are the paper's, `shapes` is the
+    demonstration's, `none` is none; `auto` is `shapes` for that data and else `none`. The defaults shown here are
+    those of the preset and the data given beside --help."""
 
     arch: str = "resnet50"
     """Encoder, by torchvision's names (resnet18 ... resnet152), or resnet8, the demonstration's."""
@@ -72,7 +74,7 @@ class Config:
     """`auto` goes on with the run in the folder, if there is one; `never` deletes that run and starts afresh."""
 
     config: str | None = None
-    """A config.json to repeat; other flags override it."""
+    """A config.json to repeat, in a folder of its own unless --out says otherwise; other flags override it."""
 
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and augments: DALI, or torchvision where DALI cannot be had."""
@@ -99,6 +101,8 @@ class Config:
         for name in ("batch", "epochs", "image_size", "ranks", "evaluations"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("batch", self.batch >= 2, "at least 2: a batch of 1 has no negatives")
+        for name, value in dataclasses.asdict(self).items():
+            self._require(name, not isinstance(value, float) or math.isfinite(value), "finite")
         for name in ("temperature", "width"):
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("gpus", "workers"):
@@ -133,8 +137,11 @@ class Config:
     def of(cls, values: dict[str, Any], source: str) -> Self:
         """A config from a mapping such as config.json holds, each value checked against the type of its default."""
         fields = {field.name: field.default for field in dataclasses.fields(cls)}
+        hints = get_type_hints(cls)
         for name, value in values.items():
             choose("setting", name, fields, source)
+            if get_origin(hints[name]) is Literal:
+                choose(name, str(value), get_args(hints[name]), source)
             kind = type(fields[name])
             numeric = kind is float and type(value) is int
             if kind is not type(None) and not numeric and type(value) is not kind:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import inspect
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Sequence
@@ -23,9 +26,9 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def is_main() -> bool:
-    """Whether this process is the one that speaks: rank 0, or alone."""
-    return os.environ.get("RANK", "0") == "0"
+def speaks_for_host() -> bool:
+    """Whether this process prints the errors of its host."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def world_size(gpus: int | None, ranks: int) -> int:
@@ -73,7 +76,8 @@ class Ranks:
     def __init__(self, use_gpu: bool) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local, per_host = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
-        self.threads = max(1, len(os.sched_getaffinity(0)) // per_host)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = max(1, cores // per_host)
         self.device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
         if use_gpu:
             torch.cuda.set_device(self.device)
@@ -81,6 +85,7 @@ class Ranks:
             torch.set_num_threads(self.threads)
         self.group: dist.ProcessGroup | None = None
         if self.world > 1:
+            _end_with_parent()
             dist.init_process_group("nccl" if use_gpu else "gloo", device_id=self.device if use_gpu else None)
             self.group = dist.group.WORLD
 
@@ -128,6 +133,19 @@ class Ranks:
         parts = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat(parts)[:count]
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its launcher is killed, so that no rank trains on alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """DistributedDataParallel that sends no buffers: BatchNorm's statistics are equal on all ranks already."""
+    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # before torch 2.13
+    return nn.parallel.DistributedDataParallel(module, **{name: False})  # type: ignore[arg-type]
 
 
 def global_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

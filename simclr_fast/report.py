@@ -163,7 +163,7 @@ def _neighbours(run: Run) -> str:
                 sign, kind = "", ""
             near += _picture(picture, f"{sign}{name or ''}\n{similarity:.2f}".strip(), kind)
         rows += f'<div class="hood">{_picture(image, label or "")}<div class="grid">{near}</div></div>'
-    text = "Test images, and the training images with the most similar features, by cosine similarity."
+    text = "Images, and the training images with the most similar features, by cosine similarity."
     return _section("Nearest neighbours", text, rows) if rows else ""
 
 

@@ -15,19 +15,26 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from simclr_fast import checkpoint, methods, report
 from simclr_fast.config import Config, ConfigError, choose
-from simclr_fast.data import KNOWN, DataError, Dataset, Policy, open_dataset, train_views
-from simclr_fast.distributed import Ranks, global_batchnorm, is_main, launch, launched, world_size
+from simclr_fast.data import KNOWN, DataError, Dataset, Policy, engine_name, open_dataset, train_views
+from simclr_fast.distributed import (
+    Ranks,
+    data_parallel,
+    global_batchnorm,
+    launch,
+    launched,
+    speaks_for_host,
+    world_size,
+)
 from simclr_fast.environment import cpu_has_bf16, device_name, slower_for, versions
 from simclr_fast.optim import LARS, Schedule, describe_lr, lars_param_groups, scaled_lr, total_steps, warmup_steps
 from simclr_fast.probe import Probe
@@ -59,8 +66,8 @@ def parse(argv: Sequence[str]) -> Config:
 def _saved_settings(path: Path) -> dict[str, Any]:
     """The settings in a config.json, without those that belong to the folder it lies in."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"config must be a readable config.json, got config={path}: {error}") from error
     return {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
 
@@ -102,8 +109,7 @@ class Run:
         if ranks.group is not None:
             self.method.group = ranks.group
             global_batchnorm(self.method, ranks.device)
-            # BatchNorm's statistics are equal on all ranks already, so the buffers need not be sent.
-            self.model = DistributedDataParallel(self.method, broadcast_buffers=False)
+            self.model = data_parallel(self.method)
 
     @property
     def chance_loss(self) -> float:
@@ -169,8 +175,8 @@ class Run:
         lr = self.schedule(self.step - 1)
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss became {loss} by step {self.step}, at lr {lr:.4g}; the checkpoint of the epoch before is in "
-                f"{self.folder}. Lower --base-lr or raise --temperature"
+                f"the loss became {loss} by step {self.step}, at lr {lr:.4g}. Lower --base-lr or raise --temperature; "
+                f"{self.folder} keeps the checkpoints of the epochs before, if there were any"
             )
         return {
             "step": self.step,
@@ -192,7 +198,8 @@ class Run:
 
     def _save(self, epoch: int, score: float) -> None:
         better, self.best = score > self.best, max(score, self.best)
-        if self.ranks.main:
+
+        def save() -> None:
             state = {
                 "step": self.step, "epoch": epoch, "images": self.images, "config": dataclasses.asdict(self.cfg),
                 "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -200,13 +207,15 @@ class Run:
             }  # fmt: skip
             checkpoint.save(self.folder / "checkpoints", state, best=better)
 
+        self.ranks.from_main(save)
+
     def finish(self, recorder: Recorder) -> None:
         """Write the report and the last record, which says that the run is finished."""
-        last = recorder.records[-1]
-        accuracies = self.untrained | ({"trained encoder": last["knn_top1"]} if "knn_top1" in last else {})
         pictures = self.probe.pictures(self.method.encoder, self.cfg.seed)
         if not self.ranks.main:
             return
+        last = recorder.records[-1]
+        accuracies = self.untrained | ({"trained encoder": last["knn_top1"]} if "knn_top1" in last else {})
         page = report.Run(
             title=self.folder.name, settings=self.cfg.settings(), versions=versions(), metrics=recorder.records,
             chance_loss=self.chance_loss, knn=accuracies, knn_note=self.probe.note,
@@ -219,8 +228,9 @@ class Run:
 def results(folder: Path) -> str:
     """The results of a finished run, as the user reads them."""
     last = read_metrics(folder)[-1]
-    figures = " · ".join(f"{name} {value:.1%}" for name, value in last["knn"].items()) or "no labels, so none"
-    return f"kNN accuracy: {figures}\ncheckpoint {folder}/checkpoints/{checkpoint.LAST}\nreport {folder}/report.html"
+    figures = " · ".join(f"{name} {value:.1%}" for name, value in last["knn"].items())
+    shown = f"kNN accuracy: {figures}\n" if figures else ""
+    return f"{shown}checkpoint {folder}/checkpoints/{checkpoint.LAST}\nreport {folder}/report.html"
 
 
 def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None, list[str], bool]:
@@ -230,14 +240,17 @@ def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None,
         RunError: the folder holds a run with other settings or other data.
         CheckpointError: it has checkpoints, and none can be read.
     """
-    path = folder / "config.json"
+    path, checkpoints = folder / "config.json", folder / "checkpoints"
     if cfg.resume == "never":
-        for name in (METRICS, "report.html", "config.json"):
-            (folder / name).unlink(missing_ok=True)
+        if checkpoints.exists():
+            shutil.rmtree(checkpoints)
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        for name in (METRICS, "report.html", "config.json"):  # the last one says whose the rest is
+            (folder / name).unlink(missing_ok=True)
     if not path.exists():
+        if checkpoints.exists():
+            raise RunError(f"{folder} holds checkpoints and no config.json. Choose another --out, or --resume never")
         write_text(path, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         return None, [], False
     differing = cfg.differences(_saved_settings(path))
@@ -247,10 +260,10 @@ def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None,
             "that run with --resume never"
         )
     records = read_metrics(folder)
+    state, complaints = checkpoint.load(checkpoints)
     if records and records[-1].get("finished"):
         afresh = "This run is finished. To start it afresh, give --resume never."
-        return None, [results(folder), afresh], True
-    state, complaints = checkpoint.load(folder / "checkpoints")
+        return None, [*complaints, results(folder), afresh], True
     if state and state["images"] != images:
         raise RunError(f"{folder} holds a run on {state['images']} images, and {cfg.data} now has {images}")
     if state:
@@ -264,6 +277,10 @@ def prepare(cfg: Any, world: int, threads: int) -> Dataset:
         raise ConfigError(
             f"batch must be divisible by the number of processes, got batch={cfg.batch}, processes={world}"
         )
+    try:
+        engine_name(cfg.loader)
+    except ValueError as error:
+        raise ConfigError(f"loader: {error}") from error
     dataset = open_dataset(cfg.data, workers=threads)
     images = len(dataset.train)
     if cfg.batch > images:
@@ -275,7 +292,8 @@ def train(cfg: Any, ranks: Ranks) -> None:
     """The whole job on one rank."""
     dataset = prepare(cfg, ranks.world, ranks.threads)
     folder = cfg.folder()
-    with claimed(folder) if ranks.main else nullcontext():
+    with ExitStack() as stack:
+        ranks.from_main(lambda: stack.enter_context(claimed(folder)))
         state, lines, finished = ranks.from_main(lambda: take_up(cfg, folder, len(dataset.train)))
         progress = Progress(speak=ranks.main)
         for line in lines:
@@ -316,6 +334,8 @@ def introduction(run: Run) -> list[str]:
     lines.append(
         describe_lr(cfg.base_lr, cfg.batch, cfg.lr_scaling) + f", {run.schedule.warmup_steps:,} steps of warm-up"
     )
+    if run.schedule.warmup_steps >= run.total:
+        lines.append("all of this run is warm-up: give more --epochs, or fewer --warmup-epochs")
     return lines + [line for line in (run.probe.note, *slower_for(cfg.loader)) if line]
 
 
@@ -336,11 +356,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             ranks.close()
     except (ConfigError, DataError, RunError, checkpoint.CheckpointError) as error:
-        if is_main():
+        if speaks_for_host():
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full or a failing disk
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        if is_main():
+        if speaks_for_host():
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0

@@ -29,9 +29,9 @@ def test_other_data_without_a_preset_are_the_defaults(tmp_path):
 
 @pytest.mark.parametrize("preset", ["imagenet", "cifar10"])
 def test_flags_override_the_preset(preset):
-    cfg = parse(["--preset", preset, "--data", "somewhere", "--temperature=0.2", "--head_layers", "1"])
+    cfg = parse(["--preset", preset, "--data", "somewhere", "--temperature=0.2", "--head_layers", "4"])
     assert cfg.temperature == 0.2
-    assert cfg.head_layers == 1
+    assert cfg.head_layers == 4
     assert cfg.arch == PRESETS[preset]["arch"]
 
 
@@ -59,6 +59,8 @@ def test_a_config_file_repeats_a_run(tmp_path):
     [
         ("{", "config must be a readable config.json"),
         ('{"bacth": 3}', "did you mean 'batch'"),
+        ("[1]", "config must be a readable config.json"),
+        ('{"precision": "bfloat16"}', "precision must be one of auto, fp32, bf16"),
         ('{"batch": "many"}', "batch must be of type int, got 'many'"),
     ],
 )
@@ -72,11 +74,14 @@ def test_bad_config_files(tmp_path, text, match):
     ("flags", "match"),
     [
         (["--temperature", "0"], "temperature must be positive, got temperature=0.0"),
-        (["--temperature", "nan"], "temperature must be positive"),
+        (["--temperature", "nan"], "temperature must be finite"),
         (["--batch", "1"], "no negatives"),
         (["--epochs", "0"], "epochs must be at least 1, got epochs=0"),
         (["--arch", "resnet51"], "did you mean 'resnet50'"),
         (["--width", "-1"], "width must be positive"),
+        (["--width", "0.001"], "large enough"),
+        (["--temperature", "inf"], "temperature must be finite"),
+        (["--head-layers", "1"], "head_layers must be at least 2"),
         (["--gpus", "-1"], "gpus must be 0 or more"),
         (["--temprature", "1"], "--temperature"),
         (["--resume", "nver"], "never"),

@@ -183,6 +183,34 @@ def test_the_sample_sets(shared: Path, tmp_path: Path):
     assert set(map(tuple, cifar.train.sizes)) == {(32, 32)}
 
 
+def test_a_link_to_nothing_is_counted(tmp_path: Path):
+    root = fill(tmp_path / "data", "1.jpg")
+    (root / "2.jpg").symlink_to(tmp_path / "nothing")
+    assert [name for name, _ in open_dataset(str(root)).skipped] == ["2.jpg"]
+
+
+def test_a_jpeg_whose_segments_do_not_follow_each_other_is_left_out(tmp_path: Path):
+    root = fill(tmp_path / "data", "1.jpg", "2.jpg")
+    damaged = bytearray((root / "2.jpg").read_bytes())
+    damaged[4:6] = (0, 60)  # the length of the first segment
+    (root / "2.jpg").write_bytes(damaged)
+    assert [name for name, _ in open_dataset(str(root)).skipped] == ["2.jpg"]
+
+
+def test_images_named_like_a_part_stay_in_their_tar(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    pack(tmp_path / "data" / "train-0.tar", {"a/train_1.jpg": encoded(), "b/test_1.jpg": encoded()})
+    pack(tmp_path / "data" / "test-0.tar", {"a/test_2.jpg": encoded(), "b/test_3.jpg": encoded()})
+    data = open_dataset(str(tmp_path / "data"))
+    assert (len(data.train), len(data.test)) == (2, 2)
+
+
+def test_a_list_that_is_not_text(tmp_path: Path):
+    (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n")
+    with pytest.raises(DataError, match="UTF-8"):
+        open_dataset(str(tmp_path / "list.txt"))
+
+
 def test_a_link_to_a_folder_above_is_followed_once(tmp_path: Path):
     root = fill(tmp_path / "data", "a/1.jpg", "b/2.jpg")
     (root / "b" / "up").symlink_to(root)

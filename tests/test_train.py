@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,25 @@ def test_a_run_that_stopped_at_an_epoch_goes_on_bit_for_bit(images, whole, tmp_p
     ]
 
 
+def test_checkpoints_without_their_settings_are_refused(images, whole, tmp_path, capsys):
+    shutil.copytree(whole / "checkpoints", tmp_path / "run" / "checkpoints")
+    assert run(images, tmp_path / "run") == 2
+    assert "holds checkpoints and no config.json" in capsys.readouterr().err
+
+
+def test_a_run_killed_while_it_was_deleted_is_not_gone_on_with(images, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    assert run(images, out, "--resume", "never", "--seed", "5") == 130
+    monkeypatch.undo()
+    assert run(images, out, "--seed", "5") == 2
+
+
 def test_a_truncated_checkpoint_gives_way_to_the_previous_one(images, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     monkeypatch.setattr(train.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -195,6 +215,7 @@ def test_two_ranks_learn_what_one_learns(images, whole, tmp_path):
     done = subprocess.run(command(images, out, "--ranks", "2"), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = weights(whole), weights(out)
+    assert "Warning" not in done.stderr
     for name, tensor in one.items():
         # A rounding that turns a ReLU off or on moves a gradient by 1e-3; half a batch would move it by 1e-1 and more.
         difference = (two[name] - tensor).double().norm() / tensor.double().norm().clamp(min=1e-3)

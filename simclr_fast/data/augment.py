@@ -7,8 +7,8 @@ are those of torchvision.transforms.v2.functional, or of TensorFlow where `tf` i
 import numpy as np
 from numba import njit
 
-# Sums may be reordered, so that they become vector instructions; NaN and infinity keep their meaning.
-_compiled = njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+# No fastmath: a process that compiles and one that loads the compiled code would round differently.
+_compiled = njit(cache=True, nogil=True, error_model="numpy")
 _ZERO, _ONE, _TINY = np.float32(0), np.float32(1), np.float32(1e-20)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 

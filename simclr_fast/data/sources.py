@@ -141,14 +141,15 @@ def _walk(root: Path, extensions: tuple[str, ...]) -> Iterable[tuple[str, str]]:
 
 def _checked(files: list[tuple[str, str]], workers: int) -> list[_Sample]:
     """The samples in these files, each decoded once; from the cache if every file's size and time are as they were."""
-    facts = [(name, path, stat.st_size, stat.st_mtime_ns) for name, path in files for stat in [os.stat(path)]]
+    listed = [(s.name, s.path) for _, path in files if path.lower().endswith(".txt") for s in _listed(Path(path))]
+    facts = [_fact(*file) for file in [*files, *listed]]
     digest = hashlib.sha256(json.dumps([facts, FORMATS]).encode()).hexdigest()[:24]
     cache = cache_folder() / f"checked-{digest}.json"
     try:
         return [_Sample(*row) for row in json.loads(cache.read_text())]
     except (OSError, ValueError, TypeError):
         pass  # not checked before, or not by this version
-    found = [sample for name, path, size, _ in facts for sample in _samples(name, path, size)]
+    found = [sample for name, path, size, _ in facts[: len(files)] for sample in _samples(name, path, size)]
     samples = []
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("ignore")  # Pillow warns of oddities in files that it can read
@@ -161,6 +162,14 @@ def _checked(files: list[tuple[str, str]], workers: int) -> list[_Sample]:
     if len(samples) >= CACHED_FROM and not any(sample.fault.startswith("OSError") for sample in samples):
         _store(cache, json.dumps(samples))
     return samples
+
+
+def _fact(name: str, path: str) -> tuple[str, str, int, int]:
+    try:
+        stat = os.stat(path)
+    except OSError:  # a link to nothing; it is counted when it is checked
+        return name, path, 0, 0
+    return name, path, stat.st_size, stat.st_mtime_ns
 
 
 def _store(path: Path, text: str) -> None:
@@ -201,13 +210,18 @@ def _tar_members(tar: str, path: str, size: int) -> list[_Sample]:
                     samples.append(_Sample(name, path, member.offset_data, member.size, fault=fault))
     except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
         samples.append(_Sample(tar, path, 0, 0, fault=f"not a whole tar: {error}"))
-    prefix = f"{part[1]}/" if part and not any(s.name.startswith(("train/", *TEST_NAMES)) for s in samples) else ""
+    folders = tuple(f"{folder}/" for folder in ("train", *TEST_NAMES))
+    prefix = f"{part[1]}/" if part and not any(s.name.startswith(folders) for s in samples) else ""
     return [s._replace(name=prefix + s.name, label=labels.get(s.name.rpartition(".")[0], "")) for s in samples]
 
 
 def _listed(path: Path) -> list[_Sample]:
     samples = []
-    for line in path.read_text().splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"a list of images must be UTF-8 text, got {str(path)!r}: {error}") from error
+    for line in lines:
         name, _, label = line.strip().partition("\t")
         image = path.parent / name
         if name:
@@ -227,11 +241,27 @@ def _check(sample: _Sample) -> _Sample:
             if image.format not in FORMATS:
                 return sample._replace(fault=f"{image.format} is not supported, only {', '.join(FORMATS)}")
             image.load()
+            if image.format in ("JPEG", "MPO") and not _whole_segments(encoded):
+                return sample._replace(fault="its header is damaged")
             return sample._replace(height=image.height, width=image.width)
     except Image.UnidentifiedImageError:
         return sample._replace(fault="it is not an image")
+    except OSError as error:
+        # With a number it comes from the disk and may pass, so it is not remembered; without, it is Pillow's.
+        return sample._replace(fault=f"OSError: {error}" if error.errno else str(error))
     except Exception as error:
         return sample._replace(fault=str(error) or type(error).__name__)
+
+
+def _whole_segments(jpeg: np.ndarray) -> bool:
+    """Whether the segments of a JPEG lead to its scan. Where they do not, Pillow searches on and DALI fails."""
+    place = 2
+    while place + 4 <= len(jpeg) and jpeg[place] == 0xFF:
+        marker = jpeg[place + 1]
+        if marker == 0xDA:
+            return True
+        place += 1 if marker == 0xFF else 2 + 256 * int(jpeg[place + 2]) + int(jpeg[place + 3])
+    return False
 
 
 def _assemble(name: str, samples: list[_Sample], spec: str) -> Dataset:

@@ -49,8 +49,9 @@ class Config(config.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         config.choose("arch", self.arch, ARCHS)
-        for name in ("head_layers", "head_features"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("width", round(64 * self.width) >= 1, "large enough to leave one of 64 channels")
+        self._require("head_features", self.head_features >= 1, "at least 1")
+        self._require("head_layers", self.head_layers >= 2, "at least 2, for `nonlinear`; `linear` has 1")
         self._require("base_lr", self.base_lr > 0, "positive")
         self._require("trust_coefficient", self.trust_coefficient > 0, "positive")
         self._require("weight_decay", self.weight_decay >= 0, "0 or more")
