@@ -5,7 +5,6 @@ JPEGs -> two augmented views -> encoder -> projection head -> NT-Xent over all r
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from simclr_fast import checkpoint, methods, report
-from simclr_fast.config import Config, ConfigError, choose
-from simclr_fast.data import KNOWN, DataError, Dataset, Policy, engine_name, open_dataset, train_views
+from simclr_fast.cli import parse, saved_settings
+from simclr_fast.config import ConfigError
+from simclr_fast.data import DataError, Dataset, Policy, engine_name, open_dataset, train_views
 from simclr_fast.distributed import (
     Ranks,
     data_parallel,
@@ -42,34 +41,6 @@ from simclr_fast.record import METRICS, Progress, Recorder, RunError, claimed, r
 
 MODULE = "simclr_fast.train"
 PAPER_WARMUP_EPOCHS = 10.0
-
-
-def parse(argv: Sequence[str]) -> Config:
-    """The settings: those of the preset or of --config, and the flags over them."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("method", "preset", "data", "config"):
-        first.add_argument(f"--{flag}")
-    given = first.parse_known_args(argv)[0]
-    if given.config and given.preset:
-        raise ConfigError(f"preset must not be given with config, which holds every setting, got {given.preset!r}")
-    saved = _saved_settings(Path(given.config)) if given.config else {}
-    method = methods.load(given.method or saved.get("method", Config.method))
-    data = given.data or saved.get("data", Config.data)
-    preset = choose("preset", given.preset or Config.preset, ["auto", *method.PRESETS])
-    start = ("shapes" if data == "shapes" else "none") if preset == "auto" else preset
-    default = method.Config.of(saved or method.PRESETS[start], given.config or f"preset {start}")
-    cfg = tyro.cli(method.Config, prog=f"python -m {MODULE}", default=default, args=list(argv))
-    is_path = cfg.data not in KNOWN and Path(cfg.data).exists()
-    return dataclasses.replace(cfg, data=str(Path(cfg.data).resolve())) if is_path else cfg
-
-
-def _saved_settings(path: Path) -> dict[str, Any]:
-    """The settings in a config.json, without those that belong to the folder it lies in."""
-    try:
-        values = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"config must be a readable config.json, got config={path}: {error}") from error
-    return {name: value for name, value in values.items() if name not in ("out", "resume", "config")}
 
 
 class Run:
@@ -253,7 +224,7 @@ def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None,
             raise RunError(f"{folder} holds checkpoints and no config.json. Choose another --out, or --resume never")
         write_text(path, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
         return None, [], False
-    differing = cfg.differences(_saved_settings(path))
+    differing = cfg.differences(saved_settings(path))
     if differing:
         raise RunError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}). Choose another --out, or delete "
@@ -345,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.filterwarnings("ignore", "LARS steps in plain PyTorch")  # the introduction says so
     try:
-        cfg = parse(argv)
+        cfg = parse(MODULE, argv)
         world = world_size(cfg.gpus, cfg.ranks)
         if world > 1 and not launched():
             prepare(cfg, world, threads=0)

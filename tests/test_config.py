@@ -1,12 +1,14 @@
 import dataclasses
+import functools
 import json
 
 import pytest
 
-from simclr_fast import methods
+from simclr_fast import cli, methods
 from simclr_fast.config import NEUTRAL, ConfigError, choose
 from simclr_fast.methods.simclr import PRESETS, Config
-from simclr_fast.train import parse
+
+parse = functools.partial(cli.parse, "simclr_fast.train")
 
 
 def test_no_flags_are_the_shapes_preset():

@@ -13,6 +13,7 @@ COMMANDS = {"train", "evaluate", "embed", "export", "doctor"}
 ALLOWED = {
     "kernels": {"kernels"},
     "config": set(),
+    "cli": {"methods", "config", "data"},
     "data": {"data", "kernels", "_C", "config"},
     "models": {"models", "kernels", "_C", "distributed", "config"},
     "losses": {"losses", "kernels", "_C", "distributed"},
