@@ -145,13 +145,18 @@ def input_pipeline() -> Finding:
 
 
 def processes() -> Finding:
-    """What several processes would talk through."""
+    """A collective over a group of one process, through what several would use."""
     import torch.distributed as dist
 
-    backends = [
-        name for name, there in (("NCCL", dist.is_nccl_available()), ("Gloo", dist.is_gloo_available())) if there
-    ]
-    return Finding(OK if backends else BROKEN, ", ".join(backends) or "torch.distributed has neither NCCL nor Gloo")
+    on_gpu = torch.cuda.is_available()
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        ones = torch.ones(3, device="cuda" if on_gpu else "cpu")
+        dist.all_reduce(ones)
+    finally:
+        dist.destroy_process_group()
+    return _judged(float((ones - 1).abs().max()), 0.0, f"{backend}, a sum over one process")
 
 
 CHECKS: dict[str, Callable[[], Finding]] = {

@@ -1,6 +1,6 @@
 """The fast engine: NVIDIA DALI decodes each image once, compiled code makes its views, both ahead of the consumer.
 
-On a CPU, DALI's bicubic resize takes over twice the time of `augment.render`'s, and its colour operator is not
+On a CPU, DALI's bicubic resize is slower than `augment.render`'s, and its colour operator is not
 ColorJitter; so the graph ends with the decoder.
 """
 
