@@ -1,209 +1,199 @@
-"""NT-Xent over tiles: row statistics and the gradient, without storing the 2N x 2N similarities.
+"""The contrastive kernels as functions of tensors, and the table of what is launched.
 
-    S[i, j]  = <z_i, z_j> / tau
-    rest[i]  = log sum_{j != i, pos(i)} exp S[i, j]       negatives alone: a tiny loss keeps its digits
-    match[i] = S[i, pos(i)],  pos(i) = (i + N) mod 2N
-    P[i, j]  = exp(S[i, j] - lse[i]),  lse = log(exp rest + exp match)
-    dz_i     = 1/tau sum_{j != i} (g_i P[i, j] + g_j P[j, i]) z_j     for j != pos(i)
-                                  - pull[i] z_j                       for j == pos(i)
-
-S is symmetric, so P[j, i] needs only lse[j], and one program makes a whole row: no atomics, bit-equal runs.
-
-Names, here and in the kernels below:
-    N, R      images and rows of z over all ranks (R = 2N: every view 1, then every view 2)
-    n, first  images of this rank, and the index of its first image; it owns 2n anchors
-    i, j      anchor (global row) and candidate (column) of S;  row: an anchor's place among the 2n
-    BLOCK_D   columns of z: D rounded up to a width of the launch table, zeros beyond D
-Row numbers are int32 (2N < 2^31) until they meet a stride, where they become int64.
+losses/blocked.py has the same five functions in plain PyTorch. In their arguments, one place each for view 1 and
+view 2, or a single one: `own` and `pos`, the columns of y that the first row of a view is itself, and of its positive.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-# Tile weights lie in [-2, 2]; times 2^14 they fill float16, whose normal range then reaches down to 4e-9.
-FP16_SCALE = tl.constexpr(16384.0)
+from simclr_fast.kernels import contrast, unit_rows
+from simclr_fast.kernels.contrast import ABSENT, FP16_SCALE
+from simclr_fast.kernels.tiles import INTERPRETED
 
 
 class Launch(NamedTuple):
-    """Block sizes of one kernel: anchors a program, candidates a step, warps, pipeline stages."""
+    """Block sizes of a kernel: rows a program, columns a step, warps, pipeline stages, programs a multiprocessor."""
 
     rows: int
     columns: int
     warps: int
     stages: int
+    programs: int = 1
 
 
-DTYPES = {
-    "auto": torch.float16,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+WIDE = 512  # stands for all widths above 256, which are walked BLOCK_D at a time
+BLOCK_D = {64: 64, 128: 128, 256: 256, WIDE: 64}
+_HALF = {
+    64: (Launch(128, 64, 8, 3, 2), Launch(64, 64, 4, 3, 2)),
+    128: (Launch(128, 64, 8, 3, 2), Launch(64, 64, 4, 3, 2)),
+    256: (Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+    WIDE: (Launch(128, 128, 8, 3), Launch(128, 128, 8, 3)),
 }
-# (BLOCK_D, precision) -> (statistics, gradient). Chosen so that no entry spills on sm_80, sm_90 or sm_100.
+_TF32 = {
+    64: (Launch(128, 64, 8, 3), Launch(64, 32, 8, 2)),
+    128: (Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)),
+    256: (Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
+    WIDE: (Launch(64, 64, 8, 2), Launch(128, 64, 8, 2)),
+}
+_FP32 = {
+    64: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+    128: (Launch(32, 16, 8, 2), Launch(32, 32, 8, 2)),
+    256: (Launch(32, 32, 8, 2), Launch(16, 32, 8, 2)),
+    WIDE: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+}
+# (width, precision) -> (statistics and spread, gradient or, if WIDE, weights). None spills on sm_80, sm_90 or sm_100.
 LAUNCH = {
-    (64, "fp16"): (Launch(128, 128, 8, 3), Launch(128, 64, 8, 2)),
-    (128, "fp16"): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3)),
-    (256, "fp16"): (Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    (64, "bf16"): (Launch(128, 128, 8, 3), Launch(128, 64, 8, 2)),
-    (128, "bf16"): (Launch(128, 64, 8, 3), Launch(128, 64, 8, 3)),
-    (256, "bf16"): (Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
-    (64, "tf32"): (Launch(128, 64, 8, 3), Launch(64, 32, 8, 2)),
-    (128, "tf32"): (Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)),
-    (256, "tf32"): (Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
-    (64, "fp32"): (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
-    (128, "fp32"): (Launch(32, 16, 8, 2), Launch(32, 32, 8, 2)),
-    (256, "fp32"): (Launch(32, 32, 8, 2), Launch(16, 32, 8, 2)),
+    (width, precision): launches
+    for precision, table in {"fp16": _HALF, "bf16": _HALF, "tf32": _TF32, "fp32": _FP32}.items()
+    for width, launches in table.items()
 }
-WIDTHS = sorted({width for width, _ in LAUNCH})
 
 
-@triton.jit
-def _anchors(n, N, first, BLOCK_I: tl.constexpr):
-    """This program's anchors, [BLOCK_I]: places among the 2n, rows of z, and rows of their positives."""
-    row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
-    i = first + tl.where(row < n, row, row - n + N)
-    return row, i, tl.where(i < N, i + N, i - N)
+def layout(D: int, dtype: torch.dtype, precision: str) -> tuple[int, torch.dtype]:
+    """Width and dtype of an operand of rows of D."""
+    step = BLOCK_D[WIDE]
+    width = next((width for width in BLOCK_D if D <= width < WIDE), (D + step - 1) // step * step)
+    return width, DTYPES["fp16" if precision == "auto" else precision]
 
 
-@triton.jit
-def _rows(z_ptr, i, exists, BLOCK_D: tl.constexpr):
-    """Rows i of z, [len(i), BLOCK_D]; zeros where a row does not exist."""
-    offset = i.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)
-    return tl.load(z_ptr + offset, mask=exists[:, None], other=0.0)
+def operand(xs: list[Tensor], precision: str, eps: float) -> Tensor:
+    """Unit rows as the kernels read them, [rows, width]."""
+    with torch.cuda.device_of(xs[0]):
+        return unit_rows.normalise(xs, *layout(xs[0].shape[1], torch.float32, precision), eps)
 
 
-# Statistics. One program owns BLOCK_I anchors and walks all R candidates with a running maximum and sum
-# (online softmax, arXiv:1805.02867, algorithm 3); base-2 exponents inside, nats outside.
-#   reads  z once per program, mostly from L2;  writes  rest and match, 2 * 2n fp32;  scratch, atomics: none
-@triton.jit(do_not_specialize=["n", "N", "first"])
-def statistics_kernel(
-    z_ptr,  # [R, BLOCK_D] unit rows
-    tau_ptr,  # [] fp32
-    rest_ptr,  # [2n] fp32, out, nats
-    match_ptr,  # [2n] fp32, out, nats
-    n,
-    N,
-    first,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    R = 2 * N
-    scale = LOG2_E / tl.load(tau_ptr)
-    row, i, positive = _anchors(n, N, first, BLOCK_I)
-    column = tl.arange(0, BLOCK_J)
-    z_i = _rows(z_ptr, i, row < 2 * n, BLOCK_D)  # [BLOCK_I, BLOCK_D]
-    top = tl.full([BLOCK_I], -3.0e38, tl.float32)  # finite: -inf - -inf is NaN
-    total = tl.zeros([BLOCK_I], tl.float32)
-    match = tl.zeros([BLOCK_I], tl.float32)
-    for start in range(0, R, BLOCK_J):
-        j = start + column
-        z_j = _rows(z_ptr, j, j < R, BLOCK_D)  # [BLOCK_J, BLOCK_D]
-        s = tl.dot(z_i, tl.trans(z_j), input_precision=PRECISION) * scale  # [BLOCK_I, BLOCK_J]
-        paired = j[None, :] == positive[:, None]
-        match += tl.sum(tl.where(paired, s, 0.0), 1)
-        s = tl.where(paired | (j[None, :] == i[:, None]) | (j[None, :] >= R), -float("inf"), s)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(s - new_top[:, None]), 1)
-        top = new_top
-    rest = top + tl.log2(tl.where(total == 0.0, 1.0, total))  # no negatives (N = 1): as good as -inf
-    tl.store(rest_ptr + row, rest / LOG2_E, mask=row < 2 * n)
-    tl.store(match_ptr + row, match / LOG2_E, mask=row < 2 * n)
+def statistics(x: Tensor, y: Tensor, tau: Tensor, own: list[int], pos: list[int], precision: str) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of each row of x, [rows] fp32; without positives the loss means nothing."""
+    launch = LAUNCH[_key(x), precision][0]
+    blocks, shares = _grid(x, y, len(pos), launch)
+    rest, match = torch.empty(2, shares, len(x), device=x.device).unbind()
+    loss, lse = (torch.empty(len(x), device=x.device) for _ in range(2))
+    with torch.cuda.device_of(x):
+        contrast.statistics_kernel[blocks, shares](
+            x, y, tau, rest, match, *_places(x, y, own, pos), len(x), x.shape[1],
+            WIDE=_key(x) == WIDE, **constants(launch, _key(x), precision), **options(launch, _chip(x.device)[0]),
+        )  # fmt: skip
+        contrast.merge_kernel[(triton.cdiv(len(x), 256),)](
+            rest, match, loss, lse, len(x), shares, PAIRED=pos[0] != ABSENT, BLOCK_I=256
+        )
+    return loss, lse
 
 
-# Gradient. The same walk; the weights of a tile are formed in fp32, the positive's included, and only then
-# rounded to the type of z, so that the difference 1 - P is never taken between rounded numbers.
-#   reads  z once per program, lse and g;  writes  dz, 2n * BLOCK_D fp32;  scratch, atomics: none
-@triton.jit(do_not_specialize=["n", "N", "first"])
-def gradient_kernel(
-    z_ptr,  # [R, BLOCK_D] unit rows
-    tau_ptr,  # [] fp32
-    lse_ptr,  # [R] fp32, nats
-    g_ptr,  # [R] fp32, dL/d(loss of a row), |g| <= 1
-    pull_ptr,  # [2n] fp32, weight of the positive, |pull| <= 2
-    dz_ptr,  # [2n, BLOCK_D] fp32, out, times tau
-    n,
-    N,
-    first,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    R = 2 * N
-    scale = LOG2_E / tl.load(tau_ptr)
-    row, i, positive = _anchors(n, N, first, BLOCK_I)
-    owned = row < 2 * n
-    column = tl.arange(0, BLOCK_J)
-    z_i = _rows(z_ptr, i, owned, BLOCK_D)  # [BLOCK_I, BLOCK_D]
-    lse_i = tl.load(lse_ptr + i, mask=owned, other=0.0) * LOG2_E
-    g_i = tl.load(g_ptr + i, mask=owned, other=0.0) * FP16_SCALE
-    pull = tl.load(pull_ptr + row, mask=owned, other=0.0) * FP16_SCALE
-    dz = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
-    for start in range(0, R, BLOCK_J):
-        j = start + column
-        z_j = _rows(z_ptr, j, j < R, BLOCK_D)  # [BLOCK_J, BLOCK_D]
-        lse_j = tl.load(lse_ptr + j, mask=j < R, other=0.0) * LOG2_E
-        g_j = tl.load(g_ptr + j, mask=j < R, other=0.0) * FP16_SCALE
-        s = tl.dot(z_i, tl.trans(z_j), input_precision=PRECISION) * scale  # [BLOCK_I, BLOCK_J]
-        s = tl.where((j[None, :] == i[:, None]) | (j[None, :] >= R), -float("inf"), s)
-        w = g_i[:, None] * tl.exp2(s - lse_i[:, None]) + g_j[None, :] * tl.exp2(s - lse_j[None, :])
-        w = tl.where(j[None, :] == positive[:, None], -pull[:, None], w)
-        dz = tl.dot(w.to(z_j.dtype), z_j, dz, input_precision=PRECISION)
-    offset = row.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)
-    tl.store(dz_ptr + offset, dz / FP16_SCALE, mask=owned[:, None])
+def gradient(
+    x: Tensor, y: Tensor, tau: Tensor, lse_x: Tensor, g_x: Tensor, lse_y: Tensor, g_y: Tensor, pull: Tensor,
+    own: list[int], pos: list[int], precision: str,
+) -> Tensor:  # fmt: skip
+    """tau dL/dx in shares that are to be added up, [shares, rows, width] fp32."""
+    tensors, launch = (tau, lse_x, g_x, lse_y, g_y, pull), LAUNCH[_key(x), precision][1]
+    if _key(x) == WIDE:
+        return _wide_gradient(x, y, tensors, own, pos, precision)
+    blocks, shares = _grid(x, y, len(pos), launch)
+    dx = torch.empty(shares, *x.shape, device=x.device)
+    with torch.cuda.device_of(x):
+        contrast.gradient_kernel[blocks, shares](
+            x, y, *tensors, dx, *_places(x, y, own, pos), len(x), x.shape[1],
+            WIDE=False, **constants(launch, _key(x), precision), **options(launch, _chip(x.device)[0]),
+        )  # fmt: skip
+    return dx
 
 
-INTERPRETED = not isinstance(statistics_kernel, triton.JITFunction)
+def project(dx: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the rows before they were normalised, and <u, du> of each row, `factor` times."""
+    with torch.cuda.device_of(dx):
+        return unit_rows.project(dx, xs, factor, eps)
 
 
-def operand(z: Tensor, precision: str) -> Tensor:
-    """z as the kernels read it: in the dtype of `precision`, "auto" being fp16, and BLOCK_D wide."""
-    width = next(width for width in WIDTHS if z.shape[1] <= width)
-    return F.pad(z.to(DTYPES[precision]), (0, width - z.shape[1]))
+def spread(x: Tensor, y: Tensor, tau: Tensor, pos: int, precision: str) -> tuple[Tensor, Tensor]:
+    """Entropy of the softmax of each row, nats, and 1 where its positive comes first, [rows] fp32."""
+    entropy, hit = torch.empty(2, len(x), device=x.device).unbind()
+    launch = LAUNCH[_key(x), precision][0]
+    with torch.cuda.device_of(x):
+        contrast.spread_kernel[(triton.cdiv(len(x), launch.rows),)](
+            x, y, tau, entropy, hit, len(x), len(y), pos, x.shape[1],
+            WIDE=_key(x) == WIDE, **constants(launch, _key(x), precision), **options(launch, _chip(x.device)[0]),
+        )  # fmt: skip
+    return entropy, hit
 
 
-def statistics(z: Tensor, tau: Tensor, n: int, first: int, precision: str) -> tuple[Tensor, Tensor]:
-    """`rest` and `match`, [2n] fp32, of images first .. first + n - 1 of z, [R, BLOCK_D]."""
-    rest, match = torch.empty(2, 2 * n, device=z.device).unbind()
-    _launch(statistics_kernel, 0, precision, n, z, tau, rest, match, n, len(z) // 2, first)
-    return rest, match
+def _wide_gradient(x: Tensor, y: Tensor, tensors: tuple, own: list[int], pos: list[int], precision: str) -> Tensor:
+    """As `gradient`, through the weights of `width` rows at a time: 2 C D bytes, a quarter of the result's inputs."""
+    tau, lse_x, g_x, lse_y, g_y, pull = tensors
+    launch, dx = LAUNCH[WIDE, precision][1], torch.empty(1, *x.shape, device=x.device)
+    R = len(x) // len(pos)
+    for view, start in ((view, start) for view in range(len(pos)) for start in range(0, R, x.shape[1])):
+        rows = slice(view * R + start, view * R + min(start + x.shape[1], R))
+        w = y.new_empty(rows.stop - rows.start, len(y))
+        grid = (triton.cdiv(len(w), launch.rows), triton.cdiv(len(y), launch.columns))
+        with torch.cuda.device_of(x):
+            contrast.weights_kernel[grid](
+                x[rows], y, tau, lse_x[rows], g_x[rows], lse_y, g_y, pull[rows], w,
+                len(w), len(y), own[view] + start, pos[view] + start, x.shape[1],
+                **constants(launch, WIDE, precision), **options(launch, _chip(x.device)[0]),
+            )  # fmt: skip
+        dx[0, rows] = _product(w, y, precision).div_(FP16_SCALE.value)
+    return dx
 
 
-def gradient(z: Tensor, tau: Tensor, lse: Tensor, g: Tensor, pull: Tensor, first: int, precision: str) -> Tensor:
-    """tau dL/dz of the same anchors, [2n, BLOCK_D] fp32."""
-    dz, n = torch.empty(len(pull), z.shape[1], device=z.device), len(pull) // 2
-    _launch(gradient_kernel, 1, precision, n, z, tau, lse, g, pull, dz, n, len(z) // 2, first)
-    return dz
+def _product(w: Tensor, y: Tensor, precision: str) -> Tensor:
+    """w @ y in fp32, whatever PyTorch is set to."""
+    if not w.is_cuda:
+        return w.float() @ y.float()
+    if w.dtype != torch.float32:
+        return torch.mm(w, y, out_dtype=torch.float32)
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32" if precision == "tf32" else "ieee"
+    try:
+        return w @ y
+    finally:
+        settings.fp32_precision = before
 
 
-def _launch(kernel, which: int, precision: str, n: int, z: Tensor, *args) -> None:
-    if not (z.is_cuda or INTERPRETED):
-        raise ValueError(f"z1 must be on a GPU (or TRITON_INTERPRET=1) for backend='triton', got {z.device}")
-    if INTERPRETED and precision == "bf16":
-        raise ValueError("precision must not be 'bf16' in Triton's interpreter, which has no such product")
-    precision = "fp16" if precision == "auto" else precision
-    launch = LAUNCH[z.shape[1], precision][which]
-    grid = (triton.cdiv(2 * n, launch.rows),)
-    kernel[grid](z, *args, **constants(launch, z.shape[1], precision), **options(launch))
+def _key(x: Tensor) -> int:
+    return x.shape[1] if x.shape[1] < WIDE and x.shape[1] in BLOCK_D else WIDE
 
 
-def constants(launch: Launch, width: int, precision: str) -> dict:
+def _places(x: Tensor, y: Tensor, own: list[int], pos: list[int]) -> tuple[int, ...]:
+    """R, C, own_0, own_1, pos_0, pos_1 of a kernel."""
+    return len(x) // len(pos), len(y), own[0], own[-1], pos[0], pos[-1]
+
+
+@cache
+def _chip(device: torch.device) -> tuple[int, int]:
+    """Compute capability times ten, and multiprocessors; for the interpreter enough of them to share columns."""
+    if device.type != "cuda":
+        return 0, 3
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _grid(x: Tensor, y: Tensor, segments: int, launch: Launch) -> tuple[int, int]:
+    """Blocks of rows, and shares of the columns: as few as keep nine tenths of all multiprocessors busy."""
+    blocks = segments * triton.cdiv(len(x) // segments, launch.rows)
+    slots = _chip(x.device)[1] * launch.programs
+    most = max(1, triton.cdiv(len(y), launch.columns) // 2)
+
+    def busy(shares: int) -> float:
+        return blocks * shares / (slots * triton.cdiv(blocks * shares, slots))
+
+    return blocks, next((k for k in range(1, most) if busy(k) >= 0.9), max(range(1, most + 1), key=busy))
+
+
+def constants(launch: Launch, key: int, precision: str) -> dict:
     """Compile-time arguments of a kernel; PRECISION has no effect on products of fp16 and bf16."""
     dot = "tf32" if precision == "tf32" else "ieee"
-    return {"BLOCK_I": launch.rows, "BLOCK_J": launch.columns, "BLOCK_D": width, "PRECISION": dot}
+    return {"BLOCK_I": launch.rows, "BLOCK_J": launch.columns, "BLOCK_D": BLOCK_D[key], "PRECISION": dot}
 
 
-def options(launch: Launch) -> dict:
-    """Compiler options of a kernel."""
-    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+def options(launch: Launch, arch: int) -> dict:
+    """Compiler options of a kernel; before sm_90 a limit on registers would spill."""
+    registers = 65536 // (launch.programs * launch.warps * 32)
+    limit = {"maxnreg": registers} if arch >= 90 and registers < 255 else {}
+    return {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True, **limit}

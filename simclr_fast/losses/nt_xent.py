@@ -1,20 +1,18 @@
 """NT-Xent, the loss of SimCLR, as one registered op: value, gradient, exact negatives over all ranks.
 
-With unit rows z (every view 1, then every view 2), S = z z^T / tau, P = softmax of S without its diagonal:
+With unit rows z, S = z z^T / tau, P = softmax of the rows of S without the diagonal, and g_i = dL/d(loss of row i):
 
     loss of row i = -log P[i, pos(i)] = softplus(log sum_{negatives} exp S[i, j] - S[i, pos(i)])
     dL/dz_i       = 1/tau sum_{j != i} (g_i P[i, j] + g_j P[j, i] - (g_i + g_j) [j = pos(i)]) z_j
     dL/dtau       = -1/(2 tau) sum_i <z_i, dL/dz_i>     (Euler: L depends on z z^T / tau alone)
 
-where g_i = dL/d(loss of row i). Of the other ranks, a rank needs z and the row log-sum-exp, gathered in the
-forward pass: its own rows of the gradient are then complete, and the backward pass has no collective.
-losses/blocked.py and kernels/nt_xent.py hold the same three functions: `operand`, `statistics`, `gradient`.
+Of the other ranks, a rank needs z and the row log-sum-exp, gathered in the forward pass: its own rows of the gradient
+are then complete, and the backward pass has no collective. Gathered rows stay in the order of the ranks: view 1 of rank
+0, its view 2, view 1 of rank 1, ...
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from typing import Any
 
@@ -22,17 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-KERNELS = {"native": "simclr_fast.losses.blocked", "triton": "simclr_fast.kernels.nt_xent"}
-CHOICES = {
-    "reduction": ("mean", "sum", "none"),
-    "backend": ("auto", "reference", *KERNELS),
-    "precision": ("auto", "fp32", "tf32", "fp16", "bf16"),
-    "scale": ("paper", "simclr_tf"),
-}
-TRITON_MAX_D = 256  # the widest rows whose gradient a program keeps in registers
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+from simclr_fast.losses import backends
+from simclr_fast.losses.backends import gather, reduced, require, upstream
+from simclr_fast.losses.blocked import ABSENT, unit_rows
 
 
 def nt_xent(
@@ -47,203 +38,188 @@ def nt_xent(
     scale: str = "paper",
     grad_average: bool = True,
     uneven: bool = False,
-    return_stats: bool = False,
+    return_stats: bool | str = False,
     eps: float = 1e-12,
 ) -> Any:
     """Normalised, temperature-scaled cross-entropy of N pairs of embeddings, in nats.
 
     Args:
-        z1, z2: [N, D], any floating dtype and strides, not normalised; row k of both shows image k.
+        z1, z2: [N, D], any floating dtypes and strides, not normalised; row k of both shows image k.
         temperature: tau > 0, a number or a 0-dim tensor (learnable; its value is not checked).
         group: take negatives from all its ranks. Each passes as many rows and gets the loss of its own
             anchors; gradients averaged over the ranks, as DDP does, are those of the global batch.
-        reduction: over the 2N anchors, view 1 first: "mean", "sum", "none" -> [2N] (one rank only).
-        backend: "triton" (CUDA, D <= 256, not float64; CPU under TRITON_INTERPRET=1), "native" (blocks, any
-            device), "reference" (whole matrix, one rank), "auto": triton where it applies, else native.
+        reduction: over the 2N anchors, view 1 first: "mean", "sum", "none" -> [2N]. Over several ranks the objective
+            is the mean of what the ranks make of their losses, for "sum" the sum; with "none" the backward
+            pass exchanges the upstream gradients, so that every rank has to run it.
+        backend: "triton" (GPU of sm_80 or later, or CPU under TRITON_INTERPRET=1; not float64), "native" (tiles in
+            PyTorch, any device), "reference" (the whole matrix, one rank), "auto": triton where it applies,
+            else native.
         precision: of the products in triton, summed in float32; "auto" is "fp16", whose 10 bits suit unit
             rows. The other backends take "auto" and "fp32" and multiply as PyTorch is set to.
         scale: "paper", or "simclr_tf", twice that.
         grad_average: False where the gradients of the ranks are summed and not averaged.
-        uneven: must be False, the ranks pass equal counts.
+        uneven: the ranks may pass different counts, also none. They are exchanged first, which waits for the device,
+            and a rank's mean is its sum times ranks / global count.
         return_stats: also return detached 0-dim tensors over this rank's pairs: `contrastive_top1` (share of
             view-1 rows whose nearest view-2 row, of all ranks, is their own), `contrastive_entropy` (of
-            that softmax, nats), `alignment` (mean squared distance of a pair).
+            that softmax, nats), `alignment` (mean squared distance of a pair). "all" adds `uniformity`: log of the
+            mean of exp(-2 |z_i - z_j|^2) over the pairs of one view (arXiv:2005.10242), the two views averaged.
         eps: floor of the norm that rows are divided by, as in `F.normalize`.
 
     Returns:
-        The loss, float32 (float64 for float64); with `return_stats`, (loss, stats).
+        The loss, float32 (float64 if an input is); with `return_stats`, (loss, stats).
 
     Raises:
         ValueError: an argument breaks its rule.
     Source: Chen et al. 2020, arXiv:2002.05709, equation 1.
     """
-    inputs = [(list(z.shape), z.dtype, z.device) for z in (z1, z2)]
-    dtype = torch.promote_types(z1.dtype, torch.float32)
-    if isinstance(temperature, Tensor):
-        tau, valid = (
-            temperature.to(z1.device, dtype),
-            temperature.ndim == 0 and temperature.is_floating_point(),
-        )
-    else:
-        tau, valid = z1.new_full((), temperature, dtype=dtype), 0 < temperature < math.inf
-    chosen = {"reduction": reduction, "backend": backend, "precision": precision, "scale": scale}
-    _require(
-        (z1.ndim == 2 and 0 not in z1.shape, "z1 must be [N, D] with N >= 1 and D >= 1", inputs),
-        (inputs[0] == inputs[1], "z1 and z2 must have one shape, dtype and device", inputs),
-        (z1.is_floating_point(), "z1 and z2 must be floating", inputs),
-        (valid, "temperature must be a finite number > 0, or a floating 0-dim tensor", temperature),
-        (0 < eps < math.inf, "eps must be a finite number > 0", eps),
-        (not uneven, "uneven must be False, the ranks pass equal counts", uneven),
-        *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", x) for name, x in chosen.items()),
+    name, rank, world = backends.rank_and_world(group)
+    chosen = {"reduction": reduction, "backend": backend, "precision": precision}
+    tau = backends.check({"z1": z1, "z2": z2}, temperature, eps, world, **chosen)
+    shapes = [list(z1.shape), list(z2.shape)]
+    require(
+        (z1.shape[0] == z2.shape[0], "z1 and z2 must have one shape", shapes),
+        (z1.shape[0] >= 1 or (uneven and world > 1), "z1 and z2 must be [N, D] with N >= 1", shapes),
+        (scale in ("paper", "simclr_tf"), "scale must be one of ('paper', 'simclr_tf')", scale),
+        (return_stats in (False, True, "all"), "return_stats must be False, True or 'all'", return_stats),
     )
-    rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    fits = z1.dtype != torch.float64 and z1.shape[1] <= TRITON_MAX_D
-    if backend == "auto":
-        backend = "triton" if z1.is_cuda and HAS_TRITON and fits else "native"
-    triton, plain = backend == "triton", ("auto", "fp32" if dtype == torch.float32 else "auto")
-    _require(
-        (HAS_TRITON or not triton, "backend must not be 'triton' where Triton is not installed", backend),
-        (fits or not triton, f"z1 must have D <= {TRITON_MAX_D}, not float64, for backend='triton'", inputs),
-        (triton or precision in plain, f"precision must be in {plain} for {backend=}, {dtype}", precision),
-        (world == 1 or reduction != "none", "reduction must be 'mean' or 'sum' with several ranks", reduction),
-        (world == 1 or backend != "reference", "backend must not be 'reference' with several ranks", backend),
-    )
-
+    counts = backends.exchange_counts(z1.shape[0], z1.device, group) if uneven and world > 1 and group else []
+    require((not counts or sum(counts) > 0, "z1 and z2 must have rows on some rank", counts))
     if backend == "reference":
-        rows, z = _reference(z1, z2, tau, eps)
+        loss, z = _reference(z1, z2, tau, reduction, eps)
     else:
-        gain = (world if grad_average else 1) / (world if reduction == "mean" else 1)
-        name = group.group_name if group is not None and world > 1 else ""
-        rows, z, _ = _forward(z1, z2, tau, backend, precision, eps, gain, name, rank, world)
-    loss = rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+        settings = (reduction, backend, precision, eps, grad_average, name, rank, world, counts)
+        loss, _, z, _ = _forward(z1, z2, tau, *settings)
     loss = 2 * loss if scale == "simclr_tf" else loss
     if not return_stats:
         return loss
-    names = ("contrastive_top1", "contrastive_entropy", "alignment")
-    return loss, dict(zip(names, _stats(z.detach(), tau.detach(), z1.shape[0], rank).unbind(), strict=True))
+    made_by = ("native", "auto") if backend == "reference" else (backend, precision)
+    stats = _stats(z.detach(), tau.detach(), z1.shape[0], *made_by, rank, world, counts, return_stats == "all")
+    names = ("contrastive_top1", "contrastive_entropy", "alignment", "uniformity")
+    return loss, dict(zip(names[: len(stats)], stats.unbind(), strict=True))
 
 
-def _require(*rules: tuple[bool, str, object]) -> None:
-    for holds, rule, got in rules:
-        if not holds:
-            raise ValueError(f"{rule}, got {got}")
-
-
-def _unit_rows(x1: Tensor, x2: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x / max(|x|, eps), [2N, D]; that divisor, and whether it is the norm, [2N, 1]; float32 (64 for 64).
-
-    Rows are divided by their largest element first, so that no square under- or overflows.
-    """
-    x = torch.cat([x1, x2]).to(torch.promote_types(x1.dtype, torch.float32))
-    largest = x.detach().abs().amax(1, keepdim=True)
-    largest = largest.masked_fill(largest == 0, 1)
-    y = x / largest
-    norm, floor = torch.linalg.vector_norm(y, dim=1, keepdim=True), eps / largest
-    divisor = torch.maximum(norm, floor)
-    return y / divisor, divisor * largest, norm > floor
-
-
-def _reference(x1: Tensor, x2: Tensor, tau: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Losses of the 2N rows and z, through the whole matrix and PyTorch's own gradient: the yardstick."""
+def _reference(x1: Tensor, x2: Tensor, tau: Tensor, reduction: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Loss and z, through the whole matrix and PyTorch's own gradient: the yardstick."""
     with torch.autocast(x1.device.type, enabled=False):
-        z, _, _ = _unit_rows(x1, x2, eps)
+        z = unit_rows(torch.cat([x1.to(tau.dtype), x2.to(tau.dtype)]), eps)[0]
         s = (z @ z.T / tau).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
-        return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(x1)), reduction="none"), z
+        labels = torch.arange(len(z), device=z.device).roll(len(x1))
+        return F.cross_entropy(s, labels, reduction=reduction), z
 
 
-def _gather(own: Tensor, group: str, world: int) -> Tensor:
-    """[2n, ...] of every rank as [2N, ...]: view 1 of all ranks, then view 2 of all ranks."""
-    if world == 1:
-        return own
-    every = own.new_empty(world * len(own), *own.shape[1:])
-    for whole, part in zip(every.chunk(2), own.chunk(2), strict=True):
-        dist.all_gather_into_tensor(whole, part, group=_resolve_process_group(group))  # type: ignore[arg-type]
-    return every
+def _places(n: int, rank: int, counts: list[int]) -> tuple[list[int], list[int]]:
+    """Where view 1 and view 2 of this rank stand among the gathered rows, and where their positives do."""
+    first = 2 * (sum(counts[:rank]) if counts else rank * n)
+    return [first, first + n], [first + n, first]
 
 
 @torch.library.custom_op("simclr_fast::nt_xent", mutates_args=())
 def _forward(
-    x1: Tensor, x2: Tensor, tau: Tensor, backend: str, precision: str, eps: float, gain: float,
-    group: str, rank: int, world: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Losses of the rank's 2n anchors; z and row log-sum-exp of all ranks. `gain` multiplies the gradient."""
-    kernels = importlib.import_module(KERNELS[backend])
+    x1: Tensor, x2: Tensor, tau: Tensor, reduction: str, backend: str, precision: str, eps: float, grad_average: bool,
+    group: str, rank: int, world: int, counts: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, the losses of the rank's 2n anchors; z and row log-sum-exp of all ranks."""
+    kernels, precision = backends.kernels(backend, precision, [x1, x2])
     with torch.autocast(x1.device.type, enabled=False):
-        z = _gather(kernels.operand(_unit_rows(x1, x2, eps)[0], precision), group, world)
-        rest, match = kernels.statistics(z, tau, len(x1), rank * len(x1), precision)
-        rows = torch.logaddexp(rest - match, torch.zeros_like(rest))
-        return rows, z, _gather(match + rows, group, world)
+        own = kernels.operand([x1, x2], precision, eps)
+        z = gather(own, group, world, counts, views=2)
+        rows, lse = kernels.statistics(own, z, tau, *_places(len(x1), rank, counts), precision)
+        return reduced(rows, reduction, world, len(z)), rows, z, gather(lse, group, world, counts, views=2)
 
 
 @_forward.register_fake
-def _(x1, x2, tau, backend, precision, eps, gain, group, rank, world):
+def _(x1, x2, tau, reduction, backend, precision, eps, grad_average, group, rank, world, counts):
     own = 2 * x1.shape[0]  # not len(): that would fix N while compiling
-    z = importlib.import_module(KERNELS[backend]).operand(tau.new_empty(own, x1.shape[1]), precision)
-    return tau.new_empty(own), z.new_empty(world * own, z.shape[1]), tau.new_empty(world * own)
+    kernels, precision = backends.kernels(backend, precision, [x1, x2])
+    total = 2 * sum(counts) if counts else world * own
+    width, dtype = kernels.layout(x1.shape[1], tau.dtype, precision)
+    loss = tau.new_empty(own if reduction == "none" else ())
+    return loss, tau.new_empty(own), tau.new_empty(total, width, dtype=dtype), tau.new_empty(total)
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor,
-    backend: str, precision: str, eps: float, rank: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d/d[x1; x2], [2n, D], and d/dtau, given d/drows; with several ranks that is one number everywhere."""
-    n, D = x1.shape
+    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor, reduction: str,
+    backend: str, precision: str, eps: float, grad_average: bool, group: str, rank: int, world: int, counts: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """d/dx1, d/dx2, and <z, dz> of the rank's anchors."""
+    kernels, precision = backends.kernels(backend, precision, [x1, x2])
+    n, (own, pos) = len(x1), _places(len(x1), rank, counts)
     with torch.autocast(x1.device.type, enabled=False):
-        largest = grad.abs().amax()
-        g = grad / torch.where(largest == 0, 1, largest)
-        pull = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
-        every_g = g if len(z) == 2 * n else g[:1].repeat(len(z))
-        kernels = importlib.import_module(KERNELS[backend])
-        dz = kernels.gradient(z, tau, lse, every_g, pull + pull.roll(n), rank * n, precision)[:, :D]
-        dz = dz * (largest / tau)
-        unit, divisor, active = _unit_rows(x1, x2, eps)
-        radial = (unit * dz).sum(1, keepdim=True)
-        return ((dz - unit * radial * active) / divisor).to(x1.dtype), radial.sum() / (-2 * tau)
+        g, every_g, factor = upstream(grad, rows, reduction, grad_average, group, world, len(z), counts, views=2)
+        miss = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
+        x, lse_x = (z, lse) if world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
+        dz = kernels.gradient(x, z, tau, lse_x, g, lse, every_g, miss + miss.roll(n), own, pos, precision)
+        (dx1, dx2), radial = kernels.project(dz, [x1, x2], factor / tau, eps)
+        return dx1, dx2, radial
 
 
 @_backward.register_fake
-def _(grad, x1, x2, tau, rows, z, lse, backend, precision, eps, rank):
-    return x1.new_empty(2 * x1.shape[0], x1.shape[1]), torch.empty_like(tau)
+def _(grad, x1, x2, tau, rows, z, lse, *settings):
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (x1, x2)), torch.empty_like(rows)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.backend, ctx.precision, ctx.eps, ctx.gain, _, ctx.rank, _ = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.settings = inputs[3:]
+    ctx.save_for_backward(*inputs[:3], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 10
-    saved = ctx.saved_tensors
-    dx, dtau = _backward((grad * ctx.gain).contiguous(), *saved, ctx.backend, ctx.precision, ctx.eps, ctx.rank)
-    return *dx.chunk(2), dtau, *(None,) * 7
+        return (None,) * 12
+    dx1, dx2, radial = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    tau = ctx.saved_tensors[2]
+    dtau = radial.sum() / (-2 * tau) if ctx.needs_input_grad[2] else None
+    return dx1, dx2, dtau, *(None,) * 9
 
 
 def _no_second_derivative(ctx, *_):
     raise RuntimeError("nt_xent has a first derivative only; backend='reference' has the second")
 
 
+def _no_vmap(info, in_dims, *args):
+    raise RuntimeError("nt_xent cannot be batched by torch.vmap; loop over the batches, or use backend='reference'")
+
+
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_no_second_derivative)
+for _op in (_forward, _backward):
+    _op.register_vmap(_no_vmap)
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_stats", mutates_args=())
-def _stats(z: Tensor, tau: Tensor, n: int, rank: int) -> Tensor:
-    """Top-1 and entropy over the view-2 rows of all ranks, and alignment, of this rank's n pairs, [3]."""
-    total = tau.new_zeros(3)
-    view1, view2 = z.to(tau.dtype).chunk(2)
+def _stats(
+    z: Tensor, tau: Tensor, n: int, backend: str, precision: str, rank: int, world: int, counts: list[int], every: bool
+) -> Tensor:
+    """Top-1, entropy and alignment of this rank's n pairs, and the uniformity of its rows if it is wanted, [3 or 4]."""
+    kernels, precision = backends.kernels(backend, precision, [z, tau])
+    own, view1, view2 = _places(n, rank, counts)[0], *_views(z, n, world, counts)
+    first, total = own[0] // 2, len(view1)
     with torch.autocast(z.device.type, enabled=False):
-        for own in torch.arange(rank * n, rank * n + n, device=z.device).split(max(1, (1 << 22) // len(z))):
-            log_p = (view1[own] @ view2.T / tau).log_softmax(1)
-            total[0] += (log_p.argmax(1) == own).sum()
-            total[1] -= (log_p.exp() * log_p).sum()
-            total[2] += (view1[own] - view2[own]).square().sum()
-    return total / n
+        x1, x2 = z[own[0] : own[1]], z[own[1] : own[1] + n]
+        entropy, hit = kernels.spread(x1, view2, tau, first, precision)
+        gap = x1.to(tau.dtype) - x2.to(tau.dtype)
+        found = [hit.sum(), entropy.sum(), torch.linalg.vecdot(gap, gap).sum()]
+        found = [value / n for value in found]
+        if every:  # exp(-2 |z_i - z_j|^2) = exp(S - 4) at tau = 1/4
+            quarter = torch.full_like(tau, 0.25)
+            for x, y in ((x1, view1), (x2, view2)):
+                x = y if world == 1 else x
+                lse = kernels.statistics(x, y, quarter, [first], [ABSENT], precision)[1]
+                found.append(lse.logsumexp(0) - 4 - math.log(max(n * (total - 1), 1)))
+            found[3:] = [(found[3] + found[4]) / 2]
+        return torch.stack(found).to(tau.dtype)
 
 
 @_stats.register_fake
-def _(z, tau, n, rank):
-    return tau.new_empty(3)
+def _(z, tau, n, backend, precision, rank, world, counts, every):
+    return tau.new_empty(4 if every else 3)
+
+
+def _views(z: Tensor, n: int, world: int, counts: list[int]) -> list[Tensor]:
+    """View 1 and view 2 of all ranks."""
+    parts = z.split([count for of_rank in counts or [n] * world for count in (of_rank, of_rank)])
+    return [parts[view] if world == 1 else torch.cat(parts[view::2]) for view in (0, 1)]

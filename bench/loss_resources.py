@@ -1,0 +1,100 @@
+"""What the loss's kernels take of a GPU, compiled for A100, H100 and B200 without one.
+
+    python bench/loss_resources.py [--arch 80 90 100] [--precision fp16 ...] [--json FILE]
+
+Every entry of the launch table is compiled; registers a thread, bytes of stack, of local memory and of shared memory a
+block, and the matrix instructions are read from the binary. Without --json the table goes to results/loss_resources.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has no compiler
+
+import torch
+import triton
+from _harness import append
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from simclr_fast.kernels import contrast, nt_xent, unit_rows
+
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
+def kernels(precision: str, arch: int):
+    """Kernel, its launch, its constants and options, for all that the launcher can start in a precision."""
+    for (key, name), launches in nt_xent.LAUNCH.items():
+        if name == precision:
+            wide = key == nt_xent.WIDE
+            second = contrast.weights_kernel if wide else contrast.gradient_kernel
+            for kernel, launch in (
+                (contrast.statistics_kernel, launches[0]), (contrast.spread_kernel, launches[0]), (second, launches[1]),
+            ):  # fmt: skip
+                constants = nt_xent.constants(launch, key, precision)
+                if "WIDE" in kernel.arg_names:
+                    constants["WIDE"] = wide
+                yield kernel, key, launch, constants, nt_xent.options(launch, arch)
+    for D in (64, 128, 256, 1024):
+        for kernel in (unit_rows.normalise_kernel, unit_rows.project_kernel):
+            yield kernel, D, None, unit_rows.block_sizes(D), {}
+
+
+def resources(kernel, operand: str, constants: dict, options: dict, arch: int) -> dict:
+    """Registers a thread, bytes of stack, local and shared memory a block, and the matrix instructions."""
+    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    types |= {name: operand for name in ("x_ptr", "y_ptr", "w_ptr", "u_ptr") if name in types}
+    types |= {"eps": "fp32"} if "eps" in types else {}
+    types |= dict.fromkeys(constants, "constexpr")
+    aligned = [k for k, (name, kind) in enumerate(types.items()) if kind.startswith("*") or name == "width"]
+    source = ASTSource(kernel, types, constants, {(k,): [["tt.divisibility", 16]] for k in aligned})
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    instructions = sorted(set(re.findall(r"wgmma|tcgen05\.mma|mma\.sync", binary.asm["ptx"])))
+    return {
+        "registers": found["REG"], "stack": found["STACK"], "local": found["LOCAL"],
+        "shared": binary.metadata.shared, "instructions": instructions,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--precision", nargs="+", choices=list(nt_xent.DTYPES), default=list(nt_xent.DTYPES))
+    parser.add_argument("--json", type=Path, help="append the lines to FILE")
+    args = parser.parse_args()
+    for arch in args.arch:
+        for precision in args.precision:
+            for kernel, key, launch, constants, options in kernels(precision, arch):
+                usage = resources(kernel, POINTERS[nt_xent.DTYPES[precision]], constants, options, arch)
+                line = {"arch": f"sm_{arch}", "kernel": kernel.__name__, "width": key, "precision": precision}
+                line |= {"launch": launch and launch._asdict(), **usage}
+                if args.json:
+                    with open(args.json, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                else:
+                    append("loss_resources", line)
+                shape = " ".join(f"{value:4d}" for value in launch) if launch else " " * 24
+                print(
+                    f"sm_{arch:<3d} {kernel.__name__:18s} {key:5d} {precision}  {shape}  {usage['registers']:3d} registers "
+                    f"{usage['stack']:4d} stack {usage['shared']:7d} shared  {' '.join(usage['instructions'])}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

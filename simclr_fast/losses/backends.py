@@ -1,0 +1,136 @@
+"""What the contrastive losses share: their arguments' rules, the choice of backend, and other ranks' rows."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+KERNELS = {"native": "simclr_fast.losses.blocked", "triton": "simclr_fast.kernels.nt_xent"}
+CHOICES = {
+    "reduction": ("mean", "sum", "none"),
+    "backend": ("auto", "reference", *KERNELS),
+    "precision": ("auto", "fp32", "tf32", "fp16", "bf16"),
+}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def require(*rules: tuple[bool, str, object]) -> None:
+    """Raises a ValueError for the first rule, (holds, text, what was given), that does not hold."""
+    for holds, rule, got in rules:
+        if not holds:
+            raise ValueError(f"{rule}, got {got}")
+
+
+def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, world: int, **chosen: str) -> Tensor:
+    """The rules that all contrastive losses have; tau as a tensor, float64 if an input is, beside the inputs."""
+    names, tensors = " and ".join(inputs), list(inputs.values())
+    got = [(list(x.shape), x.dtype, x.device) for x in tensors]
+    device, wide = tensors[0].device, any(x.dtype == torch.float64 for x in tensors)
+    dtype = torch.float64 if wide else torch.float32
+    if isinstance(temperature, Tensor):
+        tau = temperature.to(device, dtype)
+        valid = temperature.ndim == 0 and temperature.is_floating_point()
+    else:
+        tau, valid = torch.full((), temperature, dtype=dtype, device=device), 0 < temperature < math.inf
+    backend = chosen["backend"]
+    require(
+        (all(x.ndim == 2 and x.shape[1] >= 1 for x in tensors), f"{names} must be [N, D] with D >= 1", got),
+        (all(x.shape[1] == tensors[0].shape[1] for x in tensors), f"{names} must have one D", got),
+        (all(x.is_floating_point() for x in tensors), f"{names} must be floating", got),
+        (all(x.device == device for x in tensors), f"{names} must be on one device", got),
+        (valid, "temperature must be a finite number > 0, or a floating 0-dim tensor", temperature),
+        (0 < eps < math.inf, "eps must be a finite number > 0", eps),
+        *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", x) for name, x in chosen.items()),
+        (HAS_TRITON or backend != "triton", "backend must not be 'triton' where Triton is not installed", backend),
+        (not wide or backend != "triton", f"{names} must not be float64 for backend='triton'", got),
+        (world == 1 or backend != "reference", "backend must not be 'reference' with several ranks", backend),
+    )
+    return tau
+
+
+def kernels(backend: str, precision: str, xs: list[Tensor]) -> tuple[ModuleType, str]:
+    """The module of a backend, and its precision: what "auto" means for these inputs.
+
+    Decided inside the ops and not before: torch.compile cannot trace the question which GPU this is.
+    """
+    wide = any(x.dtype == torch.float64 for x in xs)
+    if backend == "auto":
+        fits = xs[0].is_cuda and HAS_TRITON and not wide
+        backend = "triton" if fits and torch.cuda.get_device_capability(xs[0].device) >= (8, 0) else "native"
+    if backend == "triton":
+        interpreted = getattr(importlib.import_module(KERNELS["triton"]), "INTERPRETED").value  # noqa: B009
+        where = "z must be on a GPU of sm_80 or later, or in Triton's interpreter, for backend='triton'"
+        require((xs[0].is_cuda or interpreted, where, xs[0].device))
+        precision = "fp16" if precision == "auto" else precision
+    else:
+        plain = ("auto",) if wide else ("auto", "fp32")
+        require((precision in plain, f"precision must be in {plain} for {backend=}, {xs[0].dtype}", precision))
+    return importlib.import_module(KERNELS[backend]), precision
+
+
+def rank_and_world(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
+    """The group's name ("" where there are no other ranks), this rank, and the number of ranks."""
+    if group is None or dist.get_world_size(group) == 1:
+        return "", 0, 1
+    return group.group_name, dist.get_rank(group), dist.get_world_size(group)
+
+
+def exchange_counts(n: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    """How many rows every rank passes; waits for the device."""
+    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([n], device=device), group=group)
+    return counts.tolist()
+
+
+def gather(own: Tensor, group: str, world: int, counts: list[int], views: int = 1) -> Tensor:
+    """The rows of every rank, one rank after the other.
+
+    `counts` is empty where all pass as many, else rank r passes views * counts[r] rows: what is short is filled up
+    for the exchange, and left out afterwards.
+    """
+    if world == 1:
+        return own
+    longest = views * max(counts) if counts else len(own)
+    sent = own.contiguous()
+    if len(own) < longest:
+        sent = own.new_zeros(longest, *own.shape[1:])
+        sent[: len(own)] = own
+    every = own.new_empty(world * longest, *own.shape[1:])
+    dist.all_gather_into_tensor(every, sent, group=_resolve_process_group(group))  # type: ignore[arg-type]
+    if not counts or min(counts) == max(counts):
+        return every
+    return torch.cat([part[: views * n] for part, n in zip(every.split(longest), counts, strict=True)])
+
+
+def reduced(rows: Tensor, reduction: str, world: int, total: int) -> Tensor:
+    """The rank's loss from those of its rows, of which all ranks have `total`; "mean" averages to that of all rows."""
+    if reduction == "none":
+        return rows.clone()
+    return rows.sum() * (world / total if reduction == "mean" else 1)
+
+
+def upstream(
+    grad: Tensor, rows: Tensor, reduction: str, grad_average: bool, group: str, world: int, total: int,
+    counts: list[int], views: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dL/d(loss of a row) over a factor that makes it at most 1: own rows, all ranks' rows, and that factor.
+
+    L is the objective of all ranks together: the mean of their losses, or the sum for the reduction "sum". Where the
+    ranks' gradients are averaged afterwards, the factor makes up for it.
+    """
+    gain = world if grad_average else 1
+    if reduction == "none":
+        every = gather(grad.to(rows.dtype), group, world, counts, views)
+        largest = every.abs().amax() if len(every) else rows.new_ones(())
+        every = every / torch.where(largest == 0, 1, largest)
+        return grad / torch.where(largest == 0, 1, largest), every, largest * (gain / world)
+    every = rows.new_ones(total)
+    return every[: len(rows)], every, grad * (gain / (total if reduction == "mean" else 1))
