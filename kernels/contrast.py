@@ -6,13 +6,14 @@
     dx_i     = 1/tau sum_j (g_x[i] exp(S[i, j] - lse_x[i]) + g_y[j] exp(S[i, j] - lse_y[j])) y_j    j != own(i), pos(i)
                           - pull[i] y_j                                                             j == pos(i)
 
-NT-Xent takes x = y = z, both views, and own(i) = i. InfoNCE takes queries and keys, or keys and queries for the gradient
-of the keys, and excludes nothing. One program owns BLOCK_I rows of x and walks the columns: no atomics, bit-equal runs.
+NT-Xent takes x = y = z, both views, and own(i) = i. InfoNCE takes queries and keys, or keys and queries for the
+gradient of the keys, and excludes nothing. One program owns BLOCK_I rows of x and walks the columns: no atomics,
+bit-equal runs.
 
 Names, here and in the kernels:
     i, j       row of x; row of y, which is a column of S
     R, C       rows of one segment of x; columns. x is one segment, or two: R rows of view 1, then R of view 2
-    own, pos   the column that the first row of a segment is itself, and that of its positive; later rows follow in order
+    own, pos   the column that a segment's first row is itself, and that of its positive; its other rows follow in order
     width      of x and y: D rounded up, zeros beyond D; BLOCK_D of it at a time where WIDE, else all of it
     share      of the columns: so that few rows still keep every multiprocessor busy
 Row numbers are int32 until they meet a stride, where they become int64. Inside, S and its logarithms are in base 2.
@@ -20,15 +21,10 @@ Row numbers are int32 until they meet a stride, where they become int64. Inside,
 
 from __future__ import annotations
 
-from functools import cache
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from simclr_fast.kernels.tiles import INTERPRETED, block, columns, dot, load, plan, scores
+from simclr_fast.kernels.tiles import block, columns, dot, load, plan, scores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Weights of a tile lie in [-2, 2]; times 2^14 they fill float16, whose normal range then reaches down to 4e-9.
@@ -227,9 +223,7 @@ def weights_kernel(
     scale = LOG2_E / tl.load(tau_ptr)
     row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    s = scale * scores(
-        x_ptr, 0, row, row < R, y_ptr, 0, j, C, width, BLOCK_I, BLOCK_J, BLOCK_D, True, True, PRECISION
-    )
+    s = scale * scores(x_ptr, 0, row, row < R, y_ptr, 0, j, C, width, BLOCK_I, BLOCK_J, BLOCK_D, True, True, PRECISION)
     s = tl.where(j[None, :] == (own + row)[:, None], -float("inf"), s)
     lse_x, g_x = _lse_and_g(lse_x_ptr, g_x_ptr, row, row < R)
     lse_y, g_y = _lse_and_g(lse_y_ptr, g_y_ptr, j, j < C)

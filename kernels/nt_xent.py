@@ -13,9 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from simclr_fast.kernels import contrast, unit_rows
+from simclr_fast.kernels import contrast, tiles, unit_rows
 from simclr_fast.kernels.contrast import ABSENT, FP16_SCALE
-from simclr_fast.kernels.tiles import INTERPRETED
+
+INTERPRETED: bool = tiles.INTERPRETED.value
 
 
 class Launch(NamedTuple):
@@ -64,13 +65,15 @@ def layout(D: int, dtype: torch.dtype, precision: str) -> tuple[int, torch.dtype
     return width, DTYPES["fp16" if precision == "auto" else precision]
 
 
-def operand(xs: list[Tensor], precision: str, eps: float) -> Tensor:
+def operand(xs: list[Tensor], dtype: torch.dtype, precision: str, eps: float) -> Tensor:
     """Unit rows as the kernels read them, [rows, width]."""
     with torch.cuda.device_of(xs[0]):
-        return unit_rows.normalise(xs, *layout(xs[0].shape[1], torch.float32, precision), eps)
+        return unit_rows.normalise(xs, *layout(xs[0].shape[1], dtype, precision), eps)
 
 
-def statistics(x: Tensor, y: Tensor, tau: Tensor, own: list[int], pos: list[int], precision: str) -> tuple[Tensor, Tensor]:
+def statistics(
+    x: Tensor, y: Tensor, tau: Tensor, own: list[int], pos: list[int], precision: str
+) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of each row of x, [rows] fp32; without positives the loss means nothing."""
     launch = LAUNCH[_key(x), precision][0]
     blocks, shares = _grid(x, y, len(pos), launch)
@@ -177,6 +180,8 @@ def _chip(device: torch.device) -> tuple[int, int]:
 def _grid(x: Tensor, y: Tensor, segments: int, launch: Launch) -> tuple[int, int]:
     """Blocks of rows, and shares of the columns: as few as keep nine tenths of all multiprocessors busy."""
     blocks = segments * triton.cdiv(len(x) // segments, launch.rows)
+    if blocks == 0:
+        return 0, 1
     slots = _chip(x.device)[1] * launch.programs
     most = max(1, triton.cdiv(len(y), launch.columns) // 2)
 

@@ -6,12 +6,12 @@ import importlib
 import importlib.util
 import math
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.library import CustomOpDef
 
 KERNELS = {"native": "simclr_fast.losses.blocked", "triton": "simclr_fast.kernels.nt_xent"}
 CHOICES = {
@@ -66,7 +66,7 @@ def kernels(backend: str, precision: str, xs: list[Tensor]) -> tuple[ModuleType,
         fits = xs[0].is_cuda and HAS_TRITON and not wide
         backend = "triton" if fits and torch.cuda.get_device_capability(xs[0].device) >= (8, 0) else "native"
     if backend == "triton":
-        interpreted = getattr(importlib.import_module(KERNELS["triton"]), "INTERPRETED").value  # noqa: B009
+        interpreted = importlib.import_module(KERNELS["triton"]).INTERPRETED
         where = "z must be on a GPU of sm_80 or later, or in Triton's interpreter, for backend='triton'"
         require((xs[0].is_cuda or interpreted, where, xs[0].device))
         precision = "fp16" if precision == "auto" else precision
@@ -117,20 +117,45 @@ def reduced(rows: Tensor, reduction: str, world: int, total: int) -> Tensor:
     return rows.sum() * (world / total if reduction == "mean" else 1)
 
 
+def first_row(n: int, rank: int, counts: list[int]) -> int:
+    """Rows of the ranks before this one."""
+    return sum(counts[:rank]) if counts else rank * n
+
+
+def views(rows: Tensor, n: int, counts: list[int]) -> list[Tensor]:
+    """Both halves of every rank's gathered rows, those of view 1 and those of view 2."""
+    parts = rows.split([count for of_rank in counts or [n] * (len(rows) // (2 * n)) for count in (of_rank, of_rank)])
+    return [parts[view] if len(parts) == 2 else torch.cat(parts[view::2]) for view in (0, 1)]
+
+
 def upstream(
-    grad: Tensor, rows: Tensor, reduction: str, grad_average: bool, group: str, world: int, total: int,
-    counts: list[int], views: int = 1,
+    grad: Tensor, rows: Tensor, reduction: str, grad_average: bool, ranks: int, total: int,
+    group: str, world: int, counts: list[int], views: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dL/d(loss of a row) over a factor that makes it at most 1: own rows, all ranks' rows, and that factor.
 
-    L is the objective of all ranks together: the mean of their losses, or the sum for the reduction "sum". Where the
-    ranks' gradients are averaged afterwards, the factor makes up for it.
+    L is the objective of all `ranks` together: the mean of their losses, or the sum for the reduction "sum". Where the
+    ranks' gradients are averaged afterwards, the factor makes up for it. Those of `group` and `world` are exchanged.
     """
-    gain = world if grad_average else 1
+    gain = ranks if grad_average else 1
     if reduction == "none":
         every = gather(grad.to(rows.dtype), group, world, counts, views)
-        largest = every.abs().amax() if len(every) else rows.new_ones(())
-        every = every / torch.where(largest == 0, 1, largest)
-        return grad / torch.where(largest == 0, 1, largest), every, largest * (gain / world)
+        largest = every.abs().amax() if len(every) else rows.new_zeros(())
+        scale = torch.where(largest == 0, 1, largest)
+        return grad / scale, every / scale, largest * (gain / ranks)
     every = rows.new_ones(total)
     return every[: len(rows)], every, grad * (gain / (total if reduction == "mean" else 1))
+
+
+def first_derivative_only(name: str, forward: CustomOpDef, backward: CustomOpDef) -> None:
+    """Makes a second derivative, and torch.vmap, errors that say what to do."""
+
+    def no_second_derivative(ctx, *_):
+        raise RuntimeError(f"{name} has a first derivative only; backend='reference' has the second")
+
+    def no_vmap(info, in_dims, *_):
+        raise RuntimeError(f"{name} cannot be batched by torch.vmap; loop, or use backend='reference'")
+
+    backward.register_autograd(no_second_derivative)
+    forward.register_vmap(no_vmap)
+    backward.register_vmap(no_vmap)

@@ -23,12 +23,11 @@ def layout(D: int, dtype: torch.dtype, precision: str) -> tuple[int, torch.dtype
     return D, dtype
 
 
-def operand(xs: list[Tensor], precision: str, eps: float) -> Tensor:
+def operand(xs: list[Tensor], dtype: torch.dtype, precision: str, eps: float) -> Tensor:
     """Unit rows as they are multiplied, [rows, D], float32 or float64."""
     R, D = xs[0].shape
-    dtype = torch.promote_types(torch.promote_types(xs[0].dtype, xs[-1].dtype), torch.float32)
     u = xs[0].new_empty(len(xs) * R, D, dtype=dtype)
-    for x, out in zip(xs, u.split(R), strict=True):
+    for x, out in zip(xs, u.view(len(xs), R, D), strict=True):
         for rows in _chunks(R):
             out[rows] = unit_rows(x[rows].to(dtype), eps)[0]
     return u
@@ -108,25 +107,41 @@ def gradient(
 
 def project(dx: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
     """Gradients of the rows before they were normalised, and <u, du> of each row, `factor` times; overwrites dx."""
-    R = len(xs[0])
-    outs, radial = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs], dx.new_empty(dx.shape[1])
-    for x, out, du, radial_x in zip(xs, outs, dx[0].split(R), radial.split(R), strict=True):
+    R, D = xs[0].shape
+    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    radial = dx.new_empty(len(xs), R)
+    for x, out, du, radial_x in zip(xs, outs, dx.view(len(xs), R, D), radial, strict=True):
         for rows in _chunks(R):
             u, divisor, active = unit_rows(x[rows].to(dx.dtype), eps)
             along = (u * du[rows].mul_(factor)).sum(1, keepdim=True)
             out[rows] = du[rows].sub_(u.mul_(along * active)).div_(divisor)
             radial_x[rows] = along[:, 0]
-    return outs, radial
+    return outs, radial.view(-1)
 
 
 def spread(x: Tensor, y: Tensor, tau: Tensor, pos: int, precision: str) -> tuple[Tensor, Tensor]:
     """Entropy of the softmax of each row, nats, and 1 where its positive comes first, [rows]."""
     entropy, hit = x.new_empty(2, len(x)).unbind()
     for rows in _chunks(len(x), max(1, ROWS * COLUMNS // len(y))):
-        log_p = (x[rows] @ y.T).div_(tau).log_softmax(1)
-        hit[rows] = (log_p.argmax(1) == torch.arange(pos + rows.start, pos + rows.stop, device=x.device)).to(x.dtype)
-        entropy[rows] = -(log_p.exp() * log_p).sum(1)
+        positive = torch.arange(pos + rows.start, pos + rows.stop, device=x.device)
+        entropy[rows], hit[rows] = _softmax(x[rows] @ y.T / tau, positive)
     return entropy, hit
+
+
+def spread_beside(x: Tensor, k: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """As `spread`, where the positive of row i is row i of k, before the columns of y."""
+    x, k, y = (rows.to(tau.dtype) for rows in (x, k, y))
+    entropy, hit = x.new_empty(2, len(x)).unbind()
+    for rows in _chunks(len(x), max(1, ROWS * COLUMNS // len(y))):
+        match = torch.linalg.vecdot(x[rows], k[rows])[:, None]
+        s = torch.cat([match, x[rows] @ y.T], 1) / tau
+        entropy[rows], hit[rows] = _softmax(s, torch.zeros(len(s), device=s.device))
+    return entropy, hit
+
+
+def _softmax(s: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = s.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1), (log_p.argmax(1) == positive).to(s.dtype)
 
 
 def _tiles(

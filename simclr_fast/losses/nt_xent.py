@@ -110,7 +110,7 @@ def _reference(x1: Tensor, x2: Tensor, tau: Tensor, reduction: str, eps: float) 
 
 def _places(n: int, rank: int, counts: list[int]) -> tuple[list[int], list[int]]:
     """Where view 1 and view 2 of this rank stand among the gathered rows, and where their positives do."""
-    first = 2 * (sum(counts[:rank]) if counts else rank * n)
+    first = 2 * backends.first_row(n, rank, counts)
     return [first, first + n], [first + n, first]
 
 
@@ -122,7 +122,7 @@ def _forward(
     """Loss, the losses of the rank's 2n anchors; z and row log-sum-exp of all ranks."""
     kernels, precision = backends.kernels(backend, precision, [x1, x2])
     with torch.autocast(x1.device.type, enabled=False):
-        own = kernels.operand([x1, x2], precision, eps)
+        own = kernels.operand([x1, x2], tau.dtype, precision, eps)
         z = gather(own, group, world, counts, views=2)
         rows, lse = kernels.statistics(own, z, tau, *_places(len(x1), rank, counts), precision)
         return reduced(rows, reduction, world, len(z)), rows, z, gather(lse, group, world, counts, views=2)
@@ -147,7 +147,7 @@ def _backward(
     kernels, precision = backends.kernels(backend, precision, [x1, x2])
     n, (own, pos) = len(x1), _places(len(x1), rank, counts)
     with torch.autocast(x1.device.type, enabled=False):
-        g, every_g, factor = upstream(grad, rows, reduction, grad_average, group, world, len(z), counts, views=2)
+        g, every_g, factor = upstream(grad, rows, reduction, grad_average, world, len(z), group, world, counts, 2)
         miss = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
         x, lse_x = (z, lse) if world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
         dz = kernels.gradient(x, z, tau, lse_x, g, lse, every_g, miss + miss.roll(n), own, pos, precision)
@@ -176,18 +176,8 @@ def _differentiate(ctx, grad, *_):
     return dx1, dx2, dtau, *(None,) * 9
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("nt_xent has a first derivative only; backend='reference' has the second")
-
-
-def _no_vmap(info, in_dims, *args):
-    raise RuntimeError("nt_xent cannot be batched by torch.vmap; loop over the batches, or use backend='reference'")
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_no_second_derivative)
-for _op in (_forward, _backward):
-    _op.register_vmap(_no_vmap)
+backends.first_derivative_only("nt_xent", _forward, _backward)
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_stats", mutates_args=())
@@ -196,7 +186,7 @@ def _stats(
 ) -> Tensor:
     """Top-1, entropy and alignment of this rank's n pairs, and the uniformity of its rows if it is wanted, [3 or 4]."""
     kernels, precision = backends.kernels(backend, precision, [z, tau])
-    own, view1, view2 = _places(n, rank, counts)[0], *_views(z, n, world, counts)
+    own, view1, view2 = _places(n, rank, counts)[0], *backends.views(z, n, counts)
     first, total = own[0] // 2, len(view1)
     with torch.autocast(z.device.type, enabled=False):
         x1, x2 = z[own[0] : own[1]], z[own[1] : own[1] + n]
@@ -217,9 +207,3 @@ def _stats(
 @_stats.register_fake
 def _(z, tau, n, backend, precision, rank, world, counts, every):
     return tau.new_empty(4 if every else 3)
-
-
-def _views(z: Tensor, n: int, world: int, counts: list[int]) -> list[Tensor]:
-    """View 1 and view 2 of all ranks."""
-    parts = z.split([count for of_rank in counts or [n] * world for count in (of_rank, of_rank)])
-    return [parts[view] if world == 1 else torch.cat(parts[view::2]) for view in (0, 1)]
