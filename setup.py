@@ -141,5 +141,9 @@ setup(
         "tensorboard>=2.20",
         "rich>=14",
     ],
-    extras_require={"dev": ["pytest==9.2.0", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"]},
+    extras_require={
+        "dev": ["pytest==9.2.0", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"],
+        "peers": ["lightly>=1.5.20", "pytorch-metric-learning>=2.8"],  # losses that tests and bench/ compare with
+        "bench": ["matplotlib>=3.9"],
+    },
 )
