@@ -47,7 +47,7 @@ def _normalise(
 ):
     row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     largest, norm, floor = _norms(x_ptr, row, R, stride_i, stride_d, D, eps, BLOCK_I, BLOCK_D)
-    divisor = tl.maximum(norm, floor)
+    divisor = tl.where(norm < floor, floor, norm)  # NaN stays NaN
     for start in range(0, width, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x = _row(x_ptr, row, d, stride_i, stride_d, (row < R)[:, None] & (d < D)[None, :])
@@ -86,7 +86,7 @@ def _project(
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     largest, norm, floor = _norms(x_ptr, row, R, stride_i, stride_d, D, eps, BLOCK_I, BLOCK_D)
-    divisor = tl.maximum(norm, floor)
+    divisor = tl.where(norm < floor, floor, norm)  # NaN stays NaN
     radial = tl.zeros([BLOCK_I], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)

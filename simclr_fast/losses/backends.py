@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.library import CustomOpDef
 
@@ -74,6 +75,18 @@ def kernels(backend: str, precision: str, xs: list[Tensor]) -> tuple[ModuleType,
         plain = ("auto",) if wide else ("auto", "fp32")
         require((precision in plain, f"precision must be in {plain} for {backend=}, {xs[0].dtype}", precision))
     return importlib.import_module(KERNELS[backend]), precision
+
+
+def refuse_transforms(name: str, *tensors: Tensor) -> None:
+    """Raises where torch.func or forward-mode differentiation would get no derivative, or a wrong one."""
+    if torch.compiler.is_compiling():
+        return
+    wrapped = any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    if wrapped or any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(
+            f"{name} cannot be transformed by torch.func (grad, vmap, jvp) nor differentiated forwards; "
+            "use torch.autograd, or backend='reference'"
+        )
 
 
 def rank_and_world(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
@@ -147,15 +160,10 @@ def upstream(
     return every[: len(rows)], every, grad * (gain / (total if reduction == "mean" else 1))
 
 
-def first_derivative_only(name: str, forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """Makes a second derivative, and torch.vmap, errors that say what to do."""
+def first_derivative_only(name: str, backward: CustomOpDef) -> None:
+    """Makes a second derivative an error that says what to do."""
 
     def no_second_derivative(ctx, *_):
         raise RuntimeError(f"{name} has a first derivative only; backend='reference' has the second")
 
-    def no_vmap(info, in_dims, *_):
-        raise RuntimeError(f"{name} cannot be batched by torch.vmap; loop, or use backend='reference'")
-
     backward.register_autograd(no_second_derivative)
-    forward.register_vmap(no_vmap)
-    backward.register_vmap(no_vmap)

@@ -29,7 +29,7 @@ def operand(xs: list[Tensor], dtype: torch.dtype, precision: str, eps: float) ->
     u = xs[0].new_empty(len(xs) * R, D, dtype=dtype)
     for x, out in zip(xs, u.view(len(xs), R, D), strict=True):
         for rows in _chunks(R):
-            out[rows] = unit_rows(x[rows].to(dtype), eps)[0]
+            out[rows] = unit_rows(x[rows].to(dtype).contiguous(), eps)[0]
     return u
 
 
@@ -112,7 +112,7 @@ def project(dx: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[l
     radial = dx.new_empty(len(xs), R)
     for x, out, du, radial_x in zip(xs, outs, dx.view(len(xs), R, D), radial, strict=True):
         for rows in _chunks(R):
-            u, divisor, active = unit_rows(x[rows].to(dx.dtype), eps)
+            u, divisor, active = unit_rows(x[rows].to(dx.dtype).contiguous(), eps)
             along = (u * du[rows].mul_(factor)).sum(1, keepdim=True)
             out[rows] = du[rows].sub_(u.mul_(along * active)).div_(divisor)
             radial_x[rows] = along[:, 0]

@@ -86,6 +86,7 @@ def info_nce(
         loss, u, m = _reference(query, key, extra, tau, in_batch, symmetric, reduction, eps)
         backend, precision = "native", "auto"
     else:
+        backends.refuse_transforms("info_nce", query, key, extra, tau)
         loss, _, _, u, m, _, _ = _forward(
             query, key, extra, tau, in_batch, symmetric, reduction, backend, precision, eps, grad_average,
             name, rank, world, counts,
@@ -236,7 +237,7 @@ def _differentiate(ctx, grad, *_):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-backends.first_derivative_only("info_nce", _forward, _backward)
+backends.first_derivative_only("info_nce", _backward)
 
 
 @torch.library.custom_op("simclr_fast::info_nce_stats", mutates_args=())

@@ -88,6 +88,7 @@ def nt_xent(
     if backend == "reference":
         loss, z = _reference(z1, z2, tau, reduction, eps)
     else:
+        backends.refuse_transforms("nt_xent", z1, z2, tau)
         settings = (reduction, backend, precision, eps, grad_average, name, rank, world, counts)
         loss, _, z, _ = _forward(z1, z2, tau, *settings)
     loss = 2 * loss if scale == "simclr_tf" else loss
@@ -177,7 +178,7 @@ def _differentiate(ctx, grad, *_):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-backends.first_derivative_only("nt_xent", _forward, _backward)
+backends.first_derivative_only("nt_xent", _backward)
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_stats", mutates_args=())
