@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import textwrap
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,18 +52,24 @@ def table(lines: list[dict[str, Any]]) -> str:
     out = [f"{last['device']}; torch {last['torch']}; commit {last['commit']}; p50 in ms"[:120]]
     measured = [line for line in lines if "2N" in line]
     for (n, D), block in itertools.groupby(measured, key=lambda line: (line["2N"], line["D"])):
-        out += ["", f"2N = {n:,}, D = {D}", HEAD, *map(row, block)]
+        timed, other = [], defaultdict(list)
+        for line in block:
+            if "ms" in line:
+                timed.append(line)
+            else:
+                other[line["status"]].append(label(line))
+        out += ["", f"2N = {n:,}, D = {D}", HEAD, *map(row, timed)]
+        for status, names in other.items():
+            out += textwrap.wrap(f"{', '.join(names)}: {status}", 120, subsequent_indent="  ")
     absent = [f"  {line['contender']}: {line['status']}" for line in lines if "2N" not in line]
     return "\n".join([*out, *(["", "Not measured:", *absent] if absent else [])])
 
 
 def row(line: dict[str, Any]) -> str:
     name = label(line)
-    if "ms" not in line:
-        return f"{name:24} {line['status']}"[:120]
     ms, over, extra = line["ms"], line.get("ours_over_it"), line.get("extra_bytes")
     spread = f"{number(ms['both']['p20'])}-{number(ms['both']['p80'])}"
-    ratios = (f"{over['p50']:.2f}", f"{over['p20']:.2f}-{over['p80']:.2f}") if over else ("-", "-")
+    ratios = (share_of(over["p50"]), f"{share_of(over['p20'])}-{share_of(over['p80'])}") if over else ("-", "-")
     errors = ", ".join("-" if line[k] is None else f"{line[k]:.0e}" for k in ("error_loss", "error_gradient"))
     share = "-" if line["roofline_share"] is None else f"{line['roofline_share']:.0%}"
     return (
@@ -69,6 +77,10 @@ def row(line: dict[str, Any]) -> str:
         f"{spread:>14}{ratios[0]:>8}{ratios[1]:>11}{number(extra and extra / 2**20):>10}{errors:>15}"
         f"{number(line['tflops']):>8}{share:>5}"
     )
+
+
+def share_of(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.01 else "<.01"
 
 
 def label(line: dict[str, Any]) -> str:
@@ -95,6 +107,7 @@ def picture(lines: list[dict[str, Any]], path: Path, D: int) -> None:
     dashed = (
         "; dashed: CLIP's loss, a quarter of the pairs" if any(x["loss"] == "CLIP" for x in latest.values()) else ""
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(look):
         figure, axes = pyplot.subplots(1, 2, figsize=(9.2, 4.0), layout="constrained")
         for axis, title, value in (

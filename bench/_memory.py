@@ -32,26 +32,30 @@ OUT_OF_MEMORY = "out of memory"
 class Server:
     """The process that forks the others."""
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+
     def __enter__(self) -> Server:
         env = os.environ | {
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # asking CUDA itself whether there is a GPU would spoil the forks
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compilers would be forked too
         }
-        command = [sys.executable, str(Path(__file__).resolve())]
+        command = [sys.executable, str(Path(__file__).resolve()), self.device]
         self.process = subprocess.Popen(command, stdin=-1, stdout=-1, env=env, text=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.process.communicate()
 
-    def extra_bytes(self, name: str, cases: list[tuple[int, int]], tau: float, device: str) -> list[int | str]:
+    def extra_bytes(self, name: str, cases: list[tuple[int, int]], tau: float) -> list[int | str]:
         """For each (2N, D), in one process: bytes, or a sentence that says why there are none.
 
-        Several cases are for CUDA, whose allocator can be emptied in between.
+        Several cases at once are for CUDA, whose allocator can be emptied in between.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(json.dumps([name, cases, tau, device]), file=self.process.stdin, flush=True)
+        print(json.dumps([name, cases, tau]), file=self.process.stdin, flush=True)
         told = json.loads(self.process.stdout.readline())
         return told + [f"{OUT_OF_MEMORY}: the process was killed"] * (len(cases) - len(told))
 
@@ -118,13 +122,13 @@ def _peak_cuda(run: Callable[[], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor
     return torch.cuda.max_memory_allocated() - before, gradients
 
 
-def _serve() -> None:
+def _serve(device: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a package prints is no answer
-    for contender in EVERY:
-        contender.missing(0.1, "cpu")  # imports its package
+    for contender in EVERY if device == "cpu" else ():
+        contender.missing(0.1, device)  # imports its package; some may look for a GPU then, which no fork survives
     for line in sys.stdin:
-        name, cases, tau, device = json.loads(line)
+        name, cases, tau = json.loads(line)
         contender = next(c for c in EVERY if c.name == name)
         read, write = os.pipe()
         if (child := os.fork()) == 0:
@@ -139,4 +143,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

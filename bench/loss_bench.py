@@ -88,12 +88,12 @@ def efficiency(kind: str, n: int, D: int, ms: float, rate: dict[str, float] | No
 
 def extra_memory(here: list[Contender], wanted: list[Case], results: Results, device: str) -> None:
     """Fill in `extra_bytes`; who runs out of memory here is not timed either."""
-    with Server() as server:
+    with Server(device) as server:
         for contender in here:
             open_cases = [case for case in wanted if results[case][contender]["status"] == "ok"]
             for part in [[case] for case in open_cases] if device == "cpu" else [open_cases]:
                 progress(f"memory: {contender.name}, 2N, D = {', '.join(map(str, part))}")
-                for case, told in zip(part, server.extra_bytes(contender.name, part, TAU, device), strict=True):
+                for case, told in zip(part, server.extra_bytes(contender.name, part, TAU), strict=True):
                     results[case][contender]["extra_bytes"] = told if isinstance(told, int) else None
                     if isinstance(told, str):
                         results[case][contender]["status"] = told
