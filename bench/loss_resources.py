@@ -47,6 +47,8 @@ def kernels(precision: str, arch: int):
     for D in (64, 128, 256, 1024):
         for kernel in (unit_rows.normalise_kernel, unit_rows.project_kernel):
             yield kernel, D, None, unit_rows.block_sizes(D), {}
+    for paired in (True, False):
+        yield contrast.merge_kernel, 0, None, {"PAIRED": paired, "BLOCK_I": 256}, {}
 
 
 def resources(kernel, operand: str, constants: dict, options: dict, arch: int) -> dict:

@@ -158,6 +158,6 @@ def project(du: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[l
 
 
 def block_sizes(D: int) -> dict[str, int]:
-    """Block sizes: 2,048 elements, of rows as long as possible."""
+    """Block sizes: 1,024 elements, of rows as long as possible."""
     width = min(triton.next_power_of_2(D), 1024)
-    return {"BLOCK_I": 2048 // width, "BLOCK_D": width}
+    return {"BLOCK_I": 1024 // width, "BLOCK_D": width}

@@ -7,15 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# A tile fits into the caches of a core beside what it is made of: 1 MiB in float32.
-ROWS, COLUMNS = 128, 2048
+# A tile fits into the caches of a core beside what it is made of: 1 MiB in float32. A small matrix is one tile.
+ROWS, COLUMNS, SMALL = 128, 2048, 512
+CHUNK = 4096  # rows that are normalised at a time
 # |S| <= 1 / tau. From here on neither exp S nor exp(-lse) of 2^30 columns leaves the type: one exponential a pair.
 UNSHIFTED_TAU = {torch.float32: 0.02, torch.float64: 0.003}
 ABSENT = -(1 << 30)  # as own or pos: no row has such a column
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a tile, S there, and the diagonals that hold the rows' own and their positive columns."""
+
+    rows: slice
+    columns: slice
+    s: Tensor
+    own: list[int]
+    pos: list[int]
+
+    def places(self, diagonal: int) -> tuple[Tensor, slice]:
+        """The elements of a diagonal, and the rows that they are in."""
+        elements = self.s.diagonal(diagonal)
+        first = self.rows.start + max(0, -diagonal)
+        return elements, slice(first, first + len(elements))
 
 
 def layout(D: int, dtype: torch.dtype, precision: str) -> tuple[int, torch.dtype]:
@@ -25,11 +43,13 @@ def layout(D: int, dtype: torch.dtype, precision: str) -> tuple[int, torch.dtype
 
 def operand(xs: list[Tensor], dtype: torch.dtype, precision: str, eps: float) -> Tensor:
     """Unit rows as they are multiplied, [rows, D], float32 or float64."""
-    R, D = xs[0].shape
-    u = xs[0].new_empty(len(xs) * R, D, dtype=dtype)
-    for x, out in zip(xs, u.view(len(xs), R, D), strict=True):
-        for rows in _chunks(R):
-            out[rows] = unit_rows(x[rows].to(dtype).contiguous(), eps)[0]
+    u = xs[0].new_empty(len(xs) * len(xs[0]), xs[0].shape[1], dtype=dtype)
+    for rows, x in _parts(xs, dtype):
+        divisor = _plain_divisor(x, eps)
+        if divisor is None:
+            u[rows] = unit_rows(x, eps)[0]
+        else:
+            torch.div(x, divisor, out=u[rows])
     return u
 
 
@@ -38,8 +58,7 @@ def unit_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
     Rows are divided by their largest element first, so that no square under- or overflows.
     """
-    largest = x.detach().abs().amax(1, keepdim=True)
-    largest = largest.masked_fill(largest == 0, 1)
+    largest = x.detach().abs().amax(1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny)
     y = x / largest
     norm, floor = torch.linalg.vector_norm(y, dim=1, keepdim=True), eps / largest
     divisor = torch.maximum(norm, floor)
@@ -50,17 +69,19 @@ def statistics(
     x: Tensor, y: Tensor, tau: Tensor, own: list[int], pos: list[int], precision: str
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of each row of x, [rows]; without positives the loss means nothing."""
+    shifted, triangle = _ways(x, y, tau)
     total, match = x.new_zeros(2, len(x)).unbind()
-    top = x.new_full((len(x),), -torch.finfo(x.dtype).max)
-    shifted = tau < UNSHIFTED_TAU[x.dtype]
-    triangle = x is y and not shifted
-    for rows, columns, s, at_own, at_pos in _tiles(x, y, tau, own, pos, triangle):
-        paired = s.diagonal(at_pos)
-        match[rows.start + max(0, -at_pos) :][: len(paired)] = paired
-        if triangle:
-            match[columns.start + max(0, at_pos) :][: len(paired)] = paired
-        paired.fill_(-math.inf)
-        s.diagonal(at_own).fill_(-math.inf)
+    top = x.new_full((len(x),), -torch.finfo(x.dtype).max) if shifted else total
+    for tile in _tiles(x, y, tau, own, pos, triangle):
+        rows, columns, s = tile[:3]
+        for diagonal in tile.pos:
+            elements, at = tile.places(diagonal)
+            match[at] = elements
+            if triangle:  # the same pairs, the other way round
+                match[columns.start + max(0, diagonal) :][: len(elements)] = elements
+            elements.fill_(-math.inf)
+        for diagonal in tile.own:
+            s.diagonal(diagonal).fill_(-math.inf)
         if shifted:
             before, top[rows] = top[rows].clone(), torch.maximum(top[rows], s.amax(1))
             total[rows] *= (before - top[rows]).exp_()
@@ -68,14 +89,14 @@ def statistics(
         else:
             s.exp_()
             if triangle:
-                _keep_above_diagonal(s, rows, columns)
+                _keep_above_diagonal(tile)
                 total[columns] += s.sum(0)
             total[rows] += s.sum(1)
     rest = total.log_().add_(top) if shifted else total.log_()
     if pos[0] == ABSENT:
         return rest, rest
     loss = torch.logaddexp(rest - match, rest.new_zeros(()))
-    return loss, match + loss
+    return loss, match.add_(loss)
 
 
 def gradient(
@@ -83,40 +104,47 @@ def gradient(
     own: list[int], pos: list[int], precision: str,
 ) -> Tensor:  # fmt: skip
     """tau dL/dx, [1, rows, D]; x and y may be the same object only if lse, g and the rows' places are too."""
-    dx = torch.zeros_like(x)
-    shifted = tau < UNSHIFTED_TAU[x.dtype]
-    triangle = x is y and not shifted
-    weight_x, weight_y = g_x * (-lse_x).exp(), g_y * (-lse_y).exp()
-    other = x.new_empty(ROWS * COLUMNS)
-    for rows, columns, w, at_own, at_pos in _tiles(x, y, tau, own, pos, triangle):
-        w.diagonal(at_own).fill_(-math.inf)
-        term = other[: w.numel()].view_as(w)
+    shifted, triangle = _ways(x, y, tau)
+    dx, other = torch.zeros_like(x), None
+    if not shifted:
+        weight_x = g_x * (-lse_x).exp_()
+        weight_y = weight_x if x is y else g_y * (-lse_y).exp_()
+    for tile in _tiles(x, y, tau, own, pos, triangle):
+        rows, columns, w = tile[:3]
+        if other is None:
+            other = torch.empty_like(w)  # no later tile is larger
+        term = other.view(-1)[: w.numel()].view_as(w)
+        for diagonal in tile.own:
+            w.diagonal(diagonal).fill_(-math.inf)
         if shifted:
             torch.sub(w, lse_y[columns], out=term).exp_().mul_(g_y[columns])
             w.sub_(lse_x[rows, None]).exp_().mul_(g_x[rows, None]).add_(term)
         else:
             w.exp_().mul_(torch.add(weight_x[rows, None], weight_y[columns], out=term))
-        paired = w.diagonal(at_pos)
-        paired.copy_(-pull[rows.start + max(0, -at_pos) :][: len(paired)])
+        for diagonal in tile.pos:
+            elements, at = tile.places(diagonal)
+            torch.neg(pull[at], out=elements)
         if triangle:
-            _keep_above_diagonal(w, rows, columns)
+            _keep_above_diagonal(tile)
             dx[columns].addmm_(w.T, x[rows])
         dx[rows].addmm_(w, y[columns])
     return dx[None]
 
 
-def project(dx: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
+def project(dx: Tensor, u: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
     """Gradients of the rows before they were normalised, and <u, du> of each row, `factor` times; overwrites dx."""
-    R, D = xs[0].shape
-    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
-    radial = dx.new_empty(len(xs), R)
-    for x, out, du, radial_x in zip(xs, outs, dx.view(len(xs), R, D), radial, strict=True):
-        for rows in _chunks(R):
-            u, divisor, active = unit_rows(x[rows].to(dx.dtype).contiguous(), eps)
-            along = (u * du[rows].mul_(factor)).sum(1, keepdim=True)
-            out[rows] = du[rows].sub_(u.mul_(along * active)).div_(divisor)
-            radial_x[rows] = along[:, 0]
-    return outs, radial.view(-1)
+    radial = dx.new_empty(dx.shape[1])
+    for rows, x in _parts(xs, dx.dtype):
+        divisor, active = _plain_divisor(x, eps), None
+        if divisor is None:
+            _, divisor, active = unit_rows(x, eps)
+        du = dx[0, rows].mul_(factor)
+        along = torch.linalg.vecdot(u[rows], du)
+        radial[rows] = along
+        along = along[:, None] * (divisor > eps if active is None else active)
+        du.addcmul_(u[rows], along, value=-1).div_(divisor)
+    outs = dx.view(len(xs), *xs[0].shape)
+    return [out.to(x.dtype, copy=True) for out, x in zip(outs, xs, strict=True)], radial
 
 
 def spread(x: Tensor, y: Tensor, tau: Tensor, pos: int, precision: str) -> tuple[Tensor, Tensor]:
@@ -144,26 +172,64 @@ def _softmax(s: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     return -(log_p.exp() * log_p).sum(1), (log_p.argmax(1) == positive).to(s.dtype)
 
 
-def _tiles(
-    x: Tensor, y: Tensor, tau: Tensor, own: list[int], pos: list[int], triangle: bool
-) -> Iterator[tuple[slice, slice, Tensor, int, int]]:
-    """Rows, columns and S of tiles, and the diagonals of each that hold the rows' own and their positive columns."""
-    R, C, held = len(x) // len(own), len(y), x.new_empty(ROWS * COLUMNS)
-    for view in range(len(own)):
-        for place in _chunks(R, ROWS):
-            rows = slice(view * R + place.start, view * R + place.stop)
+def _ways(x: Tensor, y: Tensor, tau: Tensor) -> tuple[bool, bool]:
+    """Whether exponentials need a shift, and whether tiles below the diagonal can be left out."""
+    shifted = bool(tau < UNSHIFTED_TAU[x.dtype])
+    return shifted, x is y and not shifted and len(x) > SMALL
+
+
+def _tiles(x: Tensor, y: Tensor, tau: Tensor, own: list[int], pos: list[int], triangle: bool) -> Iterator[Tile]:
+    """All tiles, or those on and above the diagonal, S in the same memory each time."""
+    if x is y:  # own and pos of both views are diagonals of the whole matrix, that end where their view does
+        segments = [(0, [own[0]], sorted({pos[0], -pos[0]}) if len(pos) == 2 else pos)]
+    else:
+        R = len(x) // len(own)
+        segments = [(view * R, [own[view]], [pos[view]]) for view in range(len(own))]
+    R, C = len(x) // len(segments), len(y)
+    height, width = (max(R, 1), C) if max(R, C) <= SMALL else (ROWS, COLUMNS)
+    held = x.new_empty(height * width)
+    for first, owns, poss in segments:
+        for place in _chunks(R, height):
+            rows = slice(first + place.start, first + place.stop)
             scaled = x[rows] / tau
-            for start in range(rows.start if triangle else 0, C, COLUMNS):
-                columns = slice(start, min(start + COLUMNS, C))
+            for columns in _chunks(C, width, rows.start if triangle else 0):
                 shape = rows.stop - rows.start, columns.stop - columns.start
                 s = torch.mm(scaled, y[columns].T, out=held[: shape[0] * shape[1]].view(shape))
-                yield rows, columns, s, own[view] + place.start - start, pos[view] + place.start - start
+                shift = place.start - columns.start
+                yield Tile(
+                    rows,
+                    columns,
+                    s,
+                    *([shift + at for at in places if _crosses(shift + at, shape)] for places in (owns, poss)),
+                )
 
 
-def _keep_above_diagonal(s: Tensor, rows: slice, columns: slice) -> None:
-    if columns.start < rows.stop:
-        s.triu_(rows.start - columns.start + 1)
+def _crosses(diagonal: int, shape: tuple[int, int]) -> bool:
+    return -shape[0] < diagonal < shape[1]
 
 
-def _chunks(n: int, size: int = 4096) -> Iterator[slice]:
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+def _keep_above_diagonal(tile: Tile) -> None:
+    if tile.columns.start < tile.rows.stop:
+        tile.s.triu_(tile.rows.start - tile.columns.start + 1)
+
+
+def _plain_divisor(x: Tensor, eps: float) -> Tensor | None:
+    """max(|x|, eps), [R, 1], if no square under- or overflows."""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    low, high = norm.aminmax() if len(x) else (1, 1)
+    return norm.clamp_min_(eps) if low > 1e-15 and high < 1e15 else None
+
+
+def _parts(xs: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of all xs, one x after the other, in one or several contiguous parts."""
+    R = len(xs[0])
+    if len(xs) * R <= CHUNK:
+        yield slice(0, len(xs) * R), torch.cat([x.to(dtype) for x in xs])
+        return
+    for view, x in enumerate(xs):
+        for rows in _chunks(R, CHUNK):
+            yield slice(view * R + rows.start, view * R + rows.stop), x[rows].to(dtype).contiguous()
+
+
+def _chunks(n: int, size: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + size, n)) for first in range(start, n, size))

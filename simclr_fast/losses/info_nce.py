@@ -191,18 +191,18 @@ def _backward(
             du = kernels.gradient(q, columns, tau, lse_own, g, lse_columns, g_columns, pull, none, pos, precision)
             if not in_batch:
                 du[0] -= pull[:, None] * k
-            (dq,), radial = kernels.project(du, [query], factor, eps)
+            (dq,), radial = kernels.project(du, q, [query], factor, eps)
         if wanted[1]:
             if in_batch:
                 mine = lse_columns[first : first + n], g_columns[first : first + n]
                 du = kernels.gradient(k, queries, tau, *mine, lse_q, every_g, pull, none, pos, precision)
             else:
                 du = (-pull[:, None] * q)[None]
-            (dk,), _ = kernels.project(du, [key], factor, eps)
+            (dk,), _ = kernels.project(du, k, [key], factor, eps)
         if wanted[2]:
             quiet = _silent(len(m), g)
             du = kernels.gradient(m, q, tau, *quiet, lse_own, g, quiet[1], none, none, precision)
-            (dm,), _ = kernels.project(du, [extra], factor, eps)
+            (dm,), _ = kernels.project(du, m, [extra], factor, eps)
         return dq, dk, dm, radial
 
 

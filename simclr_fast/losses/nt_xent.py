@@ -152,7 +152,7 @@ def _backward(
         miss = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
         x, lse_x = (z, lse) if world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
         dz = kernels.gradient(x, z, tau, lse_x, g, lse, every_g, miss + miss.roll(n), own, pos, precision)
-        (dx1, dx2), radial = kernels.project(dz, [x1, x2], factor / tau, eps)
+        (dx1, dx2), radial = kernels.project(dz, x, [x1, x2], factor / tau, eps)
         return dx1, dx2, radial
 
 
