@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import math
 from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,24 +58,119 @@ def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, wo
     return tau
 
 
-def kernels(backend: str, precision: str, xs: list[Tensor]) -> tuple[ModuleType, str]:
-    """The module of a backend, and its precision: what "auto" means for these inputs.
+class Settings(NamedTuple):
+    """What the ops of a loss need to know beside their tensors."""
 
-    Decided inside the ops and not before: torch.compile cannot trace the question which GPU this is.
-    """
-    wide = any(x.dtype == torch.float64 for x in xs)
-    if backend == "auto":
-        fits = xs[0].is_cuda and HAS_TRITON and not wide
-        backend = "triton" if fits and torch.cuda.get_device_capability(xs[0].device) >= (8, 0) else "native"
-    if backend == "triton":
-        interpreted = importlib.import_module(KERNELS["triton"]).INTERPRETED
-        where = "z must be on a GPU of sm_80 or later, or in Triton's interpreter, for backend='triton'"
-        require((xs[0].is_cuda or interpreted, where, xs[0].device))
-        precision = "fp16" if precision == "auto" else precision
+    reduction: str
+    backend: str
+    precision: str
+    grad_average: bool
+    eps: float
+    group: str = ""  # name of the process group; "" where there are no other ranks
+    rank: int = 0
+    world: int = 1
+    counts: tuple[int, ...] = ()  # rows of every rank, if they differ
+
+    def packed(self) -> tuple[str, list[int], float]:
+        """As few arguments: PyTorch goes through all of an op's arguments, slowly, at every call."""
+        words = f"{self.reduction} {self.backend} {self.precision} {self.group}"
+        return words, [int(self.grad_average), self.rank, self.world, *self.counts], self.eps
+
+    @classmethod
+    def unpacked(cls, words: str, numbers: list[int], eps: float) -> Settings:
+        reduction, backend, precision, group = words.split(" ", 3)
+        grad_average, rank, world, *counts = numbers
+        return cls(reduction, backend, precision, bool(grad_average), eps, group, rank, world, tuple(counts))
+
+    def kernels(self, xs: list[Tensor]) -> tuple[ModuleType, str]:
+        """The backend's module and its precision: what "auto" means for these inputs.
+
+        Decided inside the ops and not before: torch.compile cannot trace the question which GPU this is.
+        """
+        backend, precision = self.backend, self.precision
+        wide = any(x.dtype == torch.float64 for x in xs)
+        if backend == "auto":
+            fits = xs[0].is_cuda and HAS_TRITON and not wide
+            backend = "triton" if fits and torch.cuda.get_device_capability(xs[0].device) >= (8, 0) else "native"
+        if backend == "triton":
+            interpreted = importlib.import_module(KERNELS["triton"]).INTERPRETED
+            where = "inputs must be on a GPU of sm_80 or later, or in Triton's interpreter, for backend='triton'"
+            require((xs[0].is_cuda or interpreted, where, xs[0].device))
+            precision = "fp16" if precision == "auto" else precision
+        else:
+            plain = ("auto",) if wide else ("auto", "fp32")
+            require((precision in plain, f"precision must be in {plain} for {backend=}, {xs[0].dtype}", precision))
+        return importlib.import_module(KERNELS[backend]), precision
+
+    def first(self, n: int) -> int:
+        """Rows of the ranks before this one."""
+        return sum(self.counts[: self.rank]) if self.counts else self.rank * n
+
+    def total(self, n: int) -> int:
+        """Rows of all ranks."""
+        return sum(self.counts) if self.counts else self.world * n
+
+    def gather(self, own: Tensor, views: int = 1) -> Tensor:
+        """The rows of every rank, one rank after the other; rank r passes views * counts[r], if counts differ.
+
+        What is short is filled up for the exchange, and left out afterwards.
+        """
+        if self.world == 1:
+            return own
+        longest = views * max(self.counts) if self.counts else len(own)
+        sent = own.contiguous()
+        if len(own) < longest:
+            sent = own.new_zeros(longest, *own.shape[1:])
+            sent[: len(own)] = own
+        every = own.new_empty(self.world * longest, *own.shape[1:])
+        dist.all_gather_into_tensor(every, sent, group=_resolve_process_group(self.group))  # type: ignore[arg-type]
+        if not self.counts or min(self.counts) == max(self.counts):
+            return every
+        return torch.cat([part[: views * n] for part, n in zip(every.split(longest), self.counts, strict=True)])
+
+    def views(self, rows: Tensor, n: int) -> list[Tensor]:
+        """Both halves of every rank's gathered rows: those of view 1 and those of view 2."""
+        counts = self.counts or [n] * self.world
+        parts = rows.split([count for of_rank in counts for count in (of_rank, of_rank)])
+        return [parts[view] if self.world == 1 else torch.cat(parts[view::2]) for view in (0, 1)]
+
+    def reduced(self, rows: Tensor, total: int) -> Tensor:
+        """The rank's loss, of whose rows all ranks have `total`: averaged over ranks, a mean is that of all rows."""
+        if self.reduction == "none":
+            return rows.clone()
+        return rows.sum() * (self.world / total) if self.reduction == "mean" else rows.sum()
+
+    def upstream(self, grad: Tensor, rows: Tensor, total: int, views: int = 1, alone: bool = False) -> list[Tensor]:
+        """dL/d(loss of a row) over a factor that makes it at most 1: own rows, all ranks' rows, and that factor.
+
+        L is the objective of all ranks together: the mean of their losses, or the sum for the reduction "sum". Where
+        the ranks' gradients are averaged afterwards, the factor makes up for it. `alone`: no other rank needs them.
+        """
+        gain = self.world if self.grad_average else 1
+        if self.reduction == "none":
+            every = grad.to(rows.dtype) if alone else self.gather(grad.to(rows.dtype), views)
+            largest = every.abs().amax() if len(every) else rows.new_zeros(())
+            scale = torch.where(largest == 0, 1, largest)
+            return [grad / scale, every / scale, largest * (gain / self.world)]
+        every = rows.new_ones(total)
+        return [every[: len(rows)], every, grad * (gain / (total if self.reduction == "mean" else 1))]
+
+
+def settings_of(group: dist.ProcessGroup | None, uneven: bool, x: Tensor, names: str, **options: Any) -> Settings:
+    """Settings with this process's place in the group; exchanges the counts of rows, if they are uneven."""
+    world = 1 if group is None else dist.get_world_size(group)
+    if group is None or world == 1:
+        require((x.shape[0] >= 1, f"{names} must be [N, D] with N >= 1", list(x.shape)))
+        return Settings(**options)
+    counts: list[int] = []
+    if uneven:
+        every = torch.empty(world, dtype=torch.int64, device=x.device)
+        dist.all_gather_into_tensor(every, torch.tensor([x.shape[0]], device=x.device), group=group)
+        counts = every.tolist()
+        require((sum(counts) >= 1, f"{names} must have rows on some rank", counts))
     else:
-        plain = ("auto",) if wide else ("auto", "fp32")
-        require((precision in plain, f"precision must be in {plain} for {backend=}, {xs[0].dtype}", precision))
-    return importlib.import_module(KERNELS[backend]), precision
+        require((x.shape[0] >= 1, f"{names} must be [N, D] with N >= 1", list(x.shape)))
+    return Settings(**options, group=group.group_name, rank=dist.get_rank(group), world=world, counts=tuple(counts))
 
 
 def refuse_transforms(name: str, *tensors: Tensor) -> None:
@@ -87,77 +183,6 @@ def refuse_transforms(name: str, *tensors: Tensor) -> None:
             f"{name} cannot be transformed by torch.func (grad, vmap, jvp) nor differentiated forwards; "
             "use torch.autograd, or backend='reference'"
         )
-
-
-def rank_and_world(group: dist.ProcessGroup | None) -> tuple[str, int, int]:
-    """The group's name ("" where there are no other ranks), this rank, and the number of ranks."""
-    if group is None or dist.get_world_size(group) == 1:
-        return "", 0, 1
-    return group.group_name, dist.get_rank(group), dist.get_world_size(group)
-
-
-def exchange_counts(n: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    """How many rows every rank passes; waits for the device."""
-    counts = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([n], device=device), group=group)
-    return counts.tolist()
-
-
-def gather(own: Tensor, group: str, world: int, counts: list[int], views: int = 1) -> Tensor:
-    """The rows of every rank, one rank after the other.
-
-    `counts` is empty where all pass as many, else rank r passes views * counts[r] rows: what is short is filled up
-    for the exchange, and left out afterwards.
-    """
-    if world == 1:
-        return own
-    longest = views * max(counts) if counts else len(own)
-    sent = own.contiguous()
-    if len(own) < longest:
-        sent = own.new_zeros(longest, *own.shape[1:])
-        sent[: len(own)] = own
-    every = own.new_empty(world * longest, *own.shape[1:])
-    dist.all_gather_into_tensor(every, sent, group=_resolve_process_group(group))  # type: ignore[arg-type]
-    if not counts or min(counts) == max(counts):
-        return every
-    return torch.cat([part[: views * n] for part, n in zip(every.split(longest), counts, strict=True)])
-
-
-def reduced(rows: Tensor, reduction: str, world: int, total: int) -> Tensor:
-    """The rank's loss from those of its rows, of which all ranks have `total`; "mean" averages to that of all rows."""
-    if reduction == "none":
-        return rows.clone()
-    return rows.sum() * (world / total if reduction == "mean" else 1)
-
-
-def first_row(n: int, rank: int, counts: list[int]) -> int:
-    """Rows of the ranks before this one."""
-    return sum(counts[:rank]) if counts else rank * n
-
-
-def views(rows: Tensor, n: int, counts: list[int]) -> list[Tensor]:
-    """Both halves of every rank's gathered rows, those of view 1 and those of view 2."""
-    parts = rows.split([count for of_rank in counts or [n] * (len(rows) // (2 * n)) for count in (of_rank, of_rank)])
-    return [parts[view] if len(parts) == 2 else torch.cat(parts[view::2]) for view in (0, 1)]
-
-
-def upstream(
-    grad: Tensor, rows: Tensor, reduction: str, grad_average: bool, ranks: int, total: int,
-    group: str, world: int, counts: list[int], views: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dL/d(loss of a row) over a factor that makes it at most 1: own rows, all ranks' rows, and that factor.
-
-    L is the objective of all `ranks` together: the mean of their losses, or the sum for the reduction "sum". Where the
-    ranks' gradients are averaged afterwards, the factor makes up for it. Those of `group` and `world` are exchanged.
-    """
-    gain = ranks if grad_average else 1
-    if reduction == "none":
-        every = gather(grad.to(rows.dtype), group, world, counts, views)
-        largest = every.abs().amax() if len(every) else rows.new_zeros(())
-        scale = torch.where(largest == 0, 1, largest)
-        return grad / scale, every / scale, largest * (gain / ranks)
-    every = rows.new_ones(total)
-    return every[: len(rows)], every, grad * (gain / (total if reduction == "mean" else 1))
 
 
 def first_derivative_only(name: str, backward: CustomOpDef) -> None:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_fast.losses import backends, blocked
-from simclr_fast.losses.backends import gather, reduced, require, upstream
+from simclr_fast.losses.backends import Settings, require
 from simclr_fast.losses.blocked import ABSENT, unit_rows
 
 
@@ -65,35 +65,27 @@ def info_nce(
         ValueError: an argument breaks its rule.
     Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4; the symmetric form: arXiv:2103.00020, figure 3.
     """
-    name, rank, world = backends.rank_and_world(group)
+    ranks = 1 if group is None else dist.get_world_size(group)
     chosen = {"reduction": reduction, "backend": backend, "precision": precision}
     inputs = {"query": query, "key": key} | ({} if negatives is None else {"negatives": negatives})
-    tau = backends.check(inputs, temperature, eps, world, **chosen)
-    shapes = [list(x.shape) for x in inputs.values()]
+    tau = backends.check(inputs, temperature, eps, ranks, **chosen)
     require(
-        (query.shape[0] == key.shape[0], "query and key must have one shape", shapes),
-        (query.shape[0] >= 1 or (uneven and world > 1), "query and key must be [N, D] with N >= 1", shapes),
-        (negatives is None or negatives.shape[0] >= 1, "negatives must be [M, D] with M >= 1, or None", shapes),
+        (query.shape[0] == key.shape[0], "query and key must have one shape", [list(query.shape), list(key.shape)]),
+        (negatives is None or negatives.shape[0] >= 1, "negatives must be [M, D] with M >= 1, or None", negatives),
         (in_batch or negatives is not None, "negatives must be given with in_batch=False", negatives),
         (in_batch or not symmetric, "symmetric must be False with in_batch=False", symmetric),
     )
-    if not in_batch and backend != "reference":  # nobody else's rows matter: the loss is the rank's own
-        name, rank, world = name, rank, world
-    counts = backends.exchange_counts(query.shape[0], query.device, group) if uneven and world > 1 and group else []
-    require((not counts or sum(counts) > 0, "query and key must have rows on some rank", counts))
+    settings = backends.settings_of(group, uneven, query, "query and key", **chosen, grad_average=grad_average, eps=eps)
     extra = key.new_empty(0, key.shape[1]) if negatives is None else negatives
     if backend == "reference":
         loss, u, m = _reference(query, key, extra, tau, in_batch, symmetric, reduction, eps)
-        backend, precision = "native", "auto"
+        settings = settings._replace(backend="native", precision="auto")
     else:
         backends.refuse_transforms("info_nce", query, key, extra, tau)
-        loss, _, _, u, m, _, _ = _forward(
-            query, key, extra, tau, in_batch, symmetric, reduction, backend, precision, eps, grad_average,
-            name, rank, world, counts,
-        )  # fmt: skip
+        loss, _, _, u, m, _, _ = _forward(query, key, extra, tau, in_batch, symmetric, *settings.packed())
     if not return_stats:
         return loss
-    stats = _stats(u.detach(), m.detach(), tau.detach(), query.shape[0], in_batch, backend, precision, rank, counts)
+    stats = _stats(u.detach(), m.detach(), tau.detach(), query.shape[0], in_batch, *settings.packed())
     return loss, dict(zip(("contrastive_top1", "contrastive_entropy", "alignment"), stats.unbind(), strict=True))
 
 
@@ -111,103 +103,105 @@ def _reference(
         rows = F.cross_entropy(logits, labels, reduction="none")
         if symmetric:
             rows = (rows + F.cross_entropy(k @ q.T / tau, labels, reduction="none")) / 2
-        return reduced(rows, reduction, 1, len(rows)), torch.cat([q, k]), m
+        loss = rows if reduction == "none" else rows.mean() if reduction == "mean" else rows.sum()
+        return loss, torch.cat([q, k]), m
 
 
-def _columns(u: Tensor, m: Tensor, n: int, in_batch: bool, counts: list[int]) -> tuple[Tensor, Tensor]:
+def _columns(u: Tensor, m: Tensor, n: int, in_batch: bool, settings: Settings) -> tuple[Tensor, Tensor]:
     """All queries and all columns that they are compared with, from the gathered rows and the negatives."""
     if not in_batch:
         return u[:n], m
-    queries, keys = backends.views(u, n, counts)
+    queries, keys = settings.views(u, n)
     return queries, torch.cat([keys, m]) if len(m) else keys
 
 
 @torch.library.custom_op("simclr_fast::info_nce", mutates_args=())
 def _forward(
-    query: Tensor, key: Tensor, extra: Tensor, tau: Tensor, in_batch: bool, symmetric: bool, reduction: str,
-    backend: str, precision: str, eps: float, grad_average: bool, group: str, rank: int, world: int, counts: list[int],
+    query: Tensor, key: Tensor, extra: Tensor, tau: Tensor, in_batch: bool, symmetric: bool,
+    words: str, numbers: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss; losses of the rank's queries, and of its keys; unit rows of all queries and keys, and of the negatives;
     log-sum-exp of all queries, and of all keys. What is not needed is empty; without in_batch "all" is one rank's."""
-    kernels, precision = backends.kernels(backend, precision, [query, key, extra])
-    n, total = len(query), sum(counts) if counts else world * len(query)
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([query, key, extra])
+    n = len(query)
     with torch.autocast(query.device.type, enabled=False):
         own = kernels.operand([query, key], tau.dtype, precision, eps)
         m = kernels.operand([extra], tau.dtype, precision, eps)
-        u = gather(own, group, world, counts, views=2) if in_batch else own
-        queries, columns = _columns(u, m, n, in_batch, counts)
-        pos = [backends.first_row(n, rank, counts) if in_batch else ABSENT]
+        u = settings.gather(own, views=2) if in_batch else own
+        queries, columns = _columns(u, m, n, in_batch, settings)
+        pos = [settings.first(n) if in_batch else ABSENT]
         rows_q, lse_q = kernels.statistics(own[:n], columns, tau, [ABSENT], pos, precision)
         rows_k, lse_k = tau.new_empty(0), tau.new_empty(0)
         if in_batch:
-            lse_q = gather(lse_q, group, world, counts)
+            lse_q = settings.gather(lse_q)
         else:  # the positive is not among the columns
             match = torch.linalg.vecdot(own[:n].to(tau.dtype), own[n:].to(tau.dtype)) / tau
             rows_q = torch.logaddexp(lse_q - match, tau.new_zeros(()))
             lse_q = match + rows_q
         if symmetric:
             rows_k, lse_k = kernels.statistics(own[n:], queries, tau, [ABSENT], pos, precision)
-            lse_k = gather(lse_k, group, world, counts)
+            lse_k = settings.gather(lse_k)
         rows = (rows_q + rows_k) / 2 if symmetric else rows_q
-        return reduced(rows, reduction, world, total), rows_q, rows_k, u, m, lse_q, lse_k
+        return settings.reduced(rows, settings.total(n)), rows_q, rows_k, u, m, lse_q, lse_k
 
 
 @_forward.register_fake
-def _(query, key, extra, tau, in_batch, symmetric, reduction, backend, precision, eps, avg, group, rank, world, counts):
-    kernels, precision = backends.kernels(backend, precision, [query, key, extra])
+def _(query, key, extra, tau, in_batch, symmetric, words, numbers, eps):
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([query, key, extra])
     n = query.shape[0]
-    total = (sum(counts) if counts else world * n) if in_batch else n
+    total = settings.total(n) if in_batch else n
     width, dtype = kernels.layout(query.shape[1], tau.dtype, precision)
     u, m = (tau.new_empty(rows, width, dtype=dtype) for rows in (2 * total, extra.shape[0]))
     rows_k, lse_k = (n, total) if symmetric else (0, 0)
-    shapes = ((n,) if reduction == "none" else (), (n,), (rows_k,))
+    shapes = ((n,) if settings.reduction == "none" else (), (n,), (rows_k,))
     return *(tau.new_empty(shape) for shape in shapes), u, m, tau.new_empty(total), tau.new_empty(lse_k)
 
 
 @torch.library.custom_op("simclr_fast::info_nce_backward", mutates_args=())
 def _backward(
     grad: Tensor, query: Tensor, key: Tensor, extra: Tensor, tau: Tensor, rows_q: Tensor, rows_k: Tensor, u: Tensor,
-    m: Tensor, lse_q: Tensor, lse_k: Tensor, wanted: list[bool], in_batch: bool, symmetric: bool, reduction: str,
-    backend: str, precision: str, eps: float, grad_average: bool, group: str, rank: int, world: int, counts: list[int],
+    m: Tensor, lse_q: Tensor, lse_k: Tensor, wanted: list[bool], in_batch: bool, symmetric: bool,
+    words: str, numbers: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """d/dquery, d/dkey, d/dnegatives, empty where not wanted, and <q, dq> of the rank's queries."""
-    kernels, precision = backends.kernels(backend, precision, [query, key, extra])
-    n, total = len(query), sum(counts) if counts else world * len(query)
-    first = backends.first_row(n, rank, counts) if in_batch else 0
-    pos, none = [first if in_batch else ABSENT], [ABSENT]
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([query, key, extra])
+    n, first, absent = len(query), settings.first(len(query)) if in_batch else 0, [ABSENT]
+    pos = [first] if in_batch else absent
+    dq, dk, dm, radial = query.new_empty(0), key.new_empty(0), extra.new_empty(0), tau.new_empty(0)
     with torch.autocast(query.device.type, enabled=False):
-        exchange = (group, world, counts) if in_batch else ("", 1, [])
-        g, every_g, factor = upstream(grad, rows_q, reduction, grad_average, world, total, *exchange)
+        g, every_g, factor = settings.upstream(grad, rows_q, settings.total(n), alone=not in_batch)
         factor = factor / (2 * tau if symmetric else tau)
         q, k = u[2 * first : 2 * first + n], u[2 * first + n : 2 * first + 2 * n]
-        queries, columns = _columns(u, m, n, in_batch, counts)
+        queries, columns = _columns(u, m, n, in_batch, settings)
         pull = -g * torch.expm1(-rows_q)
-        lse_own, lse_columns, g_columns = lse_q[first : first + n], *_silent(len(columns), g)
+        lse_own, (lse_columns, g_columns) = lse_q[first : first + n], _silent(len(columns), g)
         if symmetric:
             pull = pull - g * torch.expm1(-rows_k)
             lse_columns[: len(lse_k)], g_columns[: len(lse_k)] = lse_k, every_g
-        dq, dk, dm, radial = query.new_empty(0), key.new_empty(0), extra.new_empty(0), tau.new_empty(0)
         if wanted[0]:
-            du = kernels.gradient(q, columns, tau, lse_own, g, lse_columns, g_columns, pull, none, pos, precision)
+            du = kernels.gradient(q, columns, tau, lse_own, g, lse_columns, g_columns, pull, absent, pos, precision)
             if not in_batch:
                 du[0] -= pull[:, None] * k
             (dq,), radial = kernels.project(du, q, [query], factor, eps)
         if wanted[1]:
             if in_batch:
-                mine = lse_columns[first : first + n], g_columns[first : first + n]
-                du = kernels.gradient(k, queries, tau, *mine, lse_q, every_g, pull, none, pos, precision)
+                of_keys = lse_columns[first : first + n], g_columns[first : first + n]
+                du = kernels.gradient(k, queries, tau, *of_keys, lse_q, every_g, pull, absent, pos, precision)
             else:
                 du = (-pull[:, None] * q)[None]
             (dk,), _ = kernels.project(du, k, [key], factor, eps)
         if wanted[2]:
             quiet = _silent(len(m), g)
-            du = kernels.gradient(m, q, tau, *quiet, lse_own, g, quiet[1], none, none, precision)
+            du = kernels.gradient(m, q, tau, *quiet, lse_own, g, quiet[1], absent, absent, precision)
             (dm,), _ = kernels.project(du, m, [extra], factor, eps)
         return dq, dk, dm, radial
 
 
 @_backward.register_fake
-def _(grad, query, key, extra, tau, rows_q, rows_k, u, m, lse_q, lse_k, wanted, *settings):
+def _(grad, query, key, extra, tau, rows_q, rows_k, u, m, lse_q, lse_k, wanted, *_):
     grads = zip((query, key, extra), wanted, strict=True)
     dq, dk, dm = (x.new_empty(x.shape if want else (0,)) for x, want in grads)
     return dq, dk, dm, tau.new_empty(query.shape[0] if wanted[0] else 0)
@@ -227,13 +221,13 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 15
+        return (None,) * 9
     query, key, negatives, temperature = ctx.needs_input_grad[:4]
     wanted = [query or temperature, key, negatives]
     *grads, radial = _backward(grad.contiguous(), *ctx.saved_tensors, wanted, *ctx.settings)
     dtau = -radial.sum() / ctx.saved_tensors[3] if temperature else None
     needed = (query, key, negatives)
-    return *(x if need else None for x, need in zip(grads, needed, strict=True)), dtau, *(None,) * 11
+    return *(x if need else None for x, need in zip(grads, needed, strict=True)), dtau, *(None,) * 5
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -242,30 +236,23 @@ backends.first_derivative_only("info_nce", _backward)
 
 @torch.library.custom_op("simclr_fast::info_nce_stats", mutates_args=())
 def _stats(
-    u: Tensor,
-    m: Tensor,
-    tau: Tensor,
-    n: int,
-    in_batch: bool,
-    backend: str,
-    precision: str,
-    rank: int,
-    counts: list[int],
+    u: Tensor, m: Tensor, tau: Tensor, n: int, in_batch: bool, words: str, numbers: list[int], eps: float
 ) -> Tensor:
     """Top-1 and entropy over the columns, and alignment, of the rank's queries, [3]."""
-    kernels, precision = backends.kernels(backend, precision, [u, tau])
-    first = backends.first_row(n, rank, counts) if in_batch else 0
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([u, tau])
+    first = settings.first(n) if in_batch else 0
     with torch.autocast(u.device.type, enabled=False):
         q, k = u[2 * first : 2 * first + n], u[2 * first + n : 2 * first + 2 * n]
-        _, columns = _columns(u, m, n, in_batch, counts)
+        _, columns = _columns(u, m, n, in_batch, settings)
         if in_batch:
             entropy, hit = kernels.spread(q, columns, tau, first, precision)
         else:
             entropy, hit = blocked.spread_beside(q, k, columns, tau)
         gap = q.to(tau.dtype) - k.to(tau.dtype)
-        return torch.stack([hit.mean(), entropy.mean(), torch.linalg.vecdot(gap, gap).mean()])
+        return torch.stack([hit.mean(), entropy.mean(), torch.linalg.vecdot(gap, gap).mean()]).to(tau.dtype)
 
 
 @_stats.register_fake
-def _(u, m, tau, n, in_batch, backend, precision, rank, counts):
+def _(u, m, tau, n, *_):
     return tau.new_empty(3)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simclr_fast.losses import backends
-from simclr_fast.losses.backends import gather, reduced, require, upstream
+from simclr_fast.losses.backends import Settings, require
 from simclr_fast.losses.blocked import ABSENT, unit_rows
 
 
@@ -73,30 +73,26 @@ def nt_xent(
         ValueError: an argument breaks its rule.
     Source: Chen et al. 2020, arXiv:2002.05709, equation 1.
     """
-    name, rank, world = backends.rank_and_world(group)
+    ranks = 1 if group is None else dist.get_world_size(group)
     chosen = {"reduction": reduction, "backend": backend, "precision": precision}
-    tau = backends.check({"z1": z1, "z2": z2}, temperature, eps, world, **chosen)
-    shapes = [list(z1.shape), list(z2.shape)]
+    tau = backends.check({"z1": z1, "z2": z2}, temperature, eps, ranks, **chosen)
     require(
-        (z1.shape[0] == z2.shape[0], "z1 and z2 must have one shape", shapes),
-        (z1.shape[0] >= 1 or (uneven and world > 1), "z1 and z2 must be [N, D] with N >= 1", shapes),
+        (z1.shape[0] == z2.shape[0], "z1 and z2 must have one shape", [list(z1.shape), list(z2.shape)]),
         (scale in ("paper", "simclr_tf"), "scale must be one of ('paper', 'simclr_tf')", scale),
         (return_stats in (False, True, "all"), "return_stats must be False, True or 'all'", return_stats),
     )
-    counts = backends.exchange_counts(z1.shape[0], z1.device, group) if uneven and world > 1 and group else []
-    require((not counts or sum(counts) > 0, "z1 and z2 must have rows on some rank", counts))
+    settings = backends.settings_of(group, uneven, z1, "z1 and z2", **chosen, grad_average=grad_average, eps=eps)
     if backend == "reference":
         loss, z = _reference(z1, z2, tau, reduction, eps)
+        settings = settings._replace(backend="native", precision="auto")
     else:
         backends.refuse_transforms("nt_xent", z1, z2, tau)
-        settings = (reduction, backend, precision, eps, grad_average, name, rank, world, counts)
-        loss, _, z, _ = _forward(z1, z2, tau, *settings)
+        loss, _, z, _ = _forward(z1, z2, tau, *settings.packed())
     loss = 2 * loss if scale == "simclr_tf" else loss
     if not return_stats:
         return loss
-    made_by = ("native", "auto") if backend == "reference" else (backend, precision)
-    stats = _stats(z.detach(), tau.detach(), z1.shape[0], *made_by, rank, world, counts, return_stats == "all")
     names = ("contrastive_top1", "contrastive_entropy", "alignment", "uniformity")
+    stats = _stats(z.detach(), tau.detach(), z1.shape[0], return_stats == "all", *settings.packed())
     return loss, dict(zip(names[: len(stats)], stats.unbind(), strict=True))
 
 
@@ -109,55 +105,57 @@ def _reference(x1: Tensor, x2: Tensor, tau: Tensor, reduction: str, eps: float) 
         return F.cross_entropy(s, labels, reduction=reduction), z
 
 
-def _places(n: int, rank: int, counts: list[int]) -> tuple[list[int], list[int]]:
+def _places(n: int, settings: Settings) -> tuple[list[int], list[int]]:
     """Where view 1 and view 2 of this rank stand among the gathered rows, and where their positives do."""
-    first = 2 * backends.first_row(n, rank, counts)
+    first = 2 * settings.first(n)
     return [first, first + n], [first + n, first]
 
 
 @torch.library.custom_op("simclr_fast::nt_xent", mutates_args=())
 def _forward(
-    x1: Tensor, x2: Tensor, tau: Tensor, reduction: str, backend: str, precision: str, eps: float, grad_average: bool,
-    group: str, rank: int, world: int, counts: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x1: Tensor, x2: Tensor, tau: Tensor, words: str, numbers: list[int], eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, the losses of the rank's 2n anchors; z and row log-sum-exp of all ranks."""
-    kernels, precision = backends.kernels(backend, precision, [x1, x2])
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([x1, x2])
     with torch.autocast(x1.device.type, enabled=False):
         own = kernels.operand([x1, x2], tau.dtype, precision, eps)
-        z = gather(own, group, world, counts, views=2)
-        rows, lse = kernels.statistics(own, z, tau, *_places(len(x1), rank, counts), precision)
-        return reduced(rows, reduction, world, len(z)), rows, z, gather(lse, group, world, counts, views=2)
+        z = settings.gather(own, views=2)
+        rows, lse = kernels.statistics(own, z, tau, *_places(len(x1), settings), precision)
+        return settings.reduced(rows, len(z)), rows, z, settings.gather(lse, views=2)
 
 
 @_forward.register_fake
-def _(x1, x2, tau, reduction, backend, precision, eps, grad_average, group, rank, world, counts):
-    own = 2 * x1.shape[0]  # not len(): that would fix N while compiling
-    kernels, precision = backends.kernels(backend, precision, [x1, x2])
-    total = 2 * sum(counts) if counts else world * own
+def _(x1, x2, tau, words, numbers, eps):
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([x1, x2])
+    n = x1.shape[0]  # not len(): that would fix N while compiling
     width, dtype = kernels.layout(x1.shape[1], tau.dtype, precision)
-    loss = tau.new_empty(own if reduction == "none" else ())
-    return loss, tau.new_empty(own), tau.new_empty(total, width, dtype=dtype), tau.new_empty(total)
+    loss, rows = tau.new_empty(2 * n if settings.reduction == "none" else ()), tau.new_empty(2 * n)
+    total = 2 * settings.total(n)
+    return loss, rows, tau.new_empty(total, width, dtype=dtype), tau.new_empty(total)
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor, reduction: str,
-    backend: str, precision: str, eps: float, grad_average: bool, group: str, rank: int, world: int, counts: list[int],
+    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor,
+    words: str, numbers: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d/dx1, d/dx2, and <z, dz> of the rank's anchors."""
-    kernels, precision = backends.kernels(backend, precision, [x1, x2])
-    n, (own, pos) = len(x1), _places(len(x1), rank, counts)
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([x1, x2])
+    n, (own, pos) = len(x1), _places(len(x1), settings)
     with torch.autocast(x1.device.type, enabled=False):
-        g, every_g, factor = upstream(grad, rows, reduction, grad_average, world, len(z), group, world, counts, 2)
+        g, every_g, factor = settings.upstream(grad, rows, len(z), views=2)
         miss = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
-        x, lse_x = (z, lse) if world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
+        x, lse_x = (z, lse) if settings.world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
         dz = kernels.gradient(x, z, tau, lse_x, g, lse, every_g, miss + miss.roll(n), own, pos, precision)
         (dx1, dx2), radial = kernels.project(dz, x, [x1, x2], factor / tau, eps)
         return dx1, dx2, radial
 
 
 @_backward.register_fake
-def _(grad, x1, x2, tau, rows, z, lse, *settings):
+def _(grad, x1, x2, tau, rows, *_):
     return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (x1, x2)), torch.empty_like(rows)
 
 
@@ -170,11 +168,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, *_):
     if grad is None:
-        return (None,) * 12
+        return (None,) * 6
     dx1, dx2, radial = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
-    tau = ctx.saved_tensors[2]
-    dtau = radial.sum() / (-2 * tau) if ctx.needs_input_grad[2] else None
-    return dx1, dx2, dtau, *(None,) * 9
+    dtau = radial.sum() / (-2 * ctx.saved_tensors[2]) if ctx.needs_input_grad[2] else None
+    return dx1, dx2, dtau, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -182,29 +179,25 @@ backends.first_derivative_only("nt_xent", _backward)
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_stats", mutates_args=())
-def _stats(
-    z: Tensor, tau: Tensor, n: int, backend: str, precision: str, rank: int, world: int, counts: list[int], every: bool
-) -> Tensor:
+def _stats(z: Tensor, tau: Tensor, n: int, every: bool, words: str, numbers: list[int], eps: float) -> Tensor:
     """Top-1, entropy and alignment of this rank's n pairs, and the uniformity of its rows if it is wanted, [3 or 4]."""
-    kernels, precision = backends.kernels(backend, precision, [z, tau])
-    own, view1, view2 = _places(n, rank, counts)[0], *backends.views(z, n, counts)
-    first, total = own[0] // 2, len(view1)
+    settings = Settings.unpacked(words, numbers, eps)
+    kernels, precision = settings.kernels([z, tau])
+    first, (own, _), (view1, view2) = settings.first(n), _places(n, settings), settings.views(z, n)
     with torch.autocast(z.device.type, enabled=False):
         x1, x2 = z[own[0] : own[1]], z[own[1] : own[1] + n]
         entropy, hit = kernels.spread(x1, view2, tau, first, precision)
         gap = x1.to(tau.dtype) - x2.to(tau.dtype)
-        found = [hit.sum(), entropy.sum(), torch.linalg.vecdot(gap, gap).sum()]
-        found = [value / n for value in found]
+        found = [hit.mean(), entropy.mean(), torch.linalg.vecdot(gap, gap).mean()]
         if every:  # exp(-2 |z_i - z_j|^2) = exp(S - 4) at tau = 1/4
-            quarter = torch.full_like(tau, 0.25)
+            quarter, sums = torch.full_like(tau, 0.25), []
             for x, y in ((x1, view1), (x2, view2)):
-                x = y if world == 1 else x
-                lse = kernels.statistics(x, y, quarter, [first], [ABSENT], precision)[1]
-                found.append(lse.logsumexp(0) - 4 - math.log(max(n * (total - 1), 1)))
-            found[3:] = [(found[3] + found[4]) / 2]
+                x = y if settings.world == 1 else x
+                sums.append(kernels.statistics(x, y, quarter, [first], [ABSENT], precision)[1].logsumexp(0))
+            found.append((sums[0] + sums[1]) / 2 - 4 - math.log(max(n * (len(view1) - 1), 1)))
         return torch.stack(found).to(tau.dtype)
 
 
 @_stats.register_fake
-def _(z, tau, n, backend, precision, rank, world, counts, every):
+def _(z, tau, n, every, *_):
     return tau.new_empty(4 if every else 3)
