@@ -131,6 +131,28 @@ def gradient(
     return dx[None]
 
 
+def at_once(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and log-sum-exp of each row of z, both views, and tau dL/dz for the sum of the losses, [rows, D].
+
+    For a matrix of one tile: made once instead of twice, its share of a step is what the calls of PyTorch cost.
+    """
+    n = len(z) // 2
+    s = (z / tau) @ z.T
+    match = torch.linalg.vecdot(z[:n], z[n:]).div_(tau).repeat(2)
+    pairs = s.diagonal(n), s.diagonal(-n)
+    for diagonal in (s.diagonal(), *pairs):
+        diagonal.fill_(-math.inf)
+    rest = s.logsumexp(1)
+    loss = torch.logaddexp(rest - match, rest.new_zeros(()))
+    lse = match + loss
+    p = s.sub_(lse[:, None]).exp_()
+    w = p + p.T
+    miss = torch.expm1(-loss)  # P[i, pos(i)] - 1, exact where P is next to 1
+    for diagonal in (w.diagonal(n), w.diagonal(-n)):
+        torch.add(miss[:n], miss[n:], out=diagonal)
+    return loss, lse, w @ z
+
+
 def project(dx: Tensor, u: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
     """Gradients of the rows before they were normalised, and <u, du> of each row, `factor` times; overwrites dx."""
     radial = dx.new_empty(dx.shape[1])

@@ -14,6 +14,7 @@ are then complete, and the backward pass has no collective. Gathered rows stay i
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ def nt_xent(
         settings = settings._replace(backend="native", precision="auto")
     else:
         backends.refuse_transforms("nt_xent", z1, z2, tau)
-        loss, _, z, _ = _forward(z1, z2, tau, *settings.packed())
+        wanted = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad or tau.requires_grad)
+        loss, _, z, *_ = _forward(z1, z2, tau, *settings._replace(differentiate=wanted).packed())
     loss = 2 * loss if scale == "simclr_tf" else loss
     if not return_stats:
         return loss
@@ -111,18 +113,27 @@ def _places(n: int, settings: Settings) -> tuple[list[int], list[int]]:
     return [first, first + n], [first + n, first]
 
 
+def _ahead(kernels: ModuleType, n: int, settings: Settings) -> bool:
+    """Whether the gradient is made in the forward pass: the native backend does that with small matrices."""
+    uniform = settings.reduction != "none" and settings.world == 1
+    return settings.differentiate and uniform and hasattr(kernels, "at_once") and 2 * n <= kernels.SMALL
+
+
 @torch.library.custom_op("simclr_fast::nt_xent", mutates_args=())
 def _forward(
     x1: Tensor, x2: Tensor, tau: Tensor, words: str, numbers: list[int], eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, the losses of the rank's 2n anchors; z and row log-sum-exp of all ranks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, the losses of the rank's 2n anchors; z and row log-sum-exp of all ranks; tau dz if it is made `_ahead`."""
     settings = Settings.unpacked(words, numbers, eps)
     kernels, precision = settings.kernels([x1, x2])
     with torch.autocast(x1.device.type, enabled=False):
         own = kernels.operand([x1, x2], tau.dtype, precision, eps)
+        if _ahead(kernels, len(x1), settings):
+            rows, lse, dz = kernels.at_once(own, tau)
+            return settings.reduced(rows, len(own)), rows, own, lse, dz
         z = settings.gather(own, views=2)
         rows, lse = kernels.statistics(own, z, tau, *_places(len(x1), settings), precision)
-        return settings.reduced(rows, len(z)), rows, z, settings.gather(lse, views=2)
+        return settings.reduced(rows, len(z)), rows, z, settings.gather(lse, views=2), tau.new_empty(0, own.shape[1])
 
 
 @_forward.register_fake
@@ -132,13 +143,13 @@ def _(x1, x2, tau, words, numbers, eps):
     n = x1.shape[0]  # not len(): that would fix N while compiling
     width, dtype = kernels.layout(x1.shape[1], tau.dtype, precision)
     loss, rows = tau.new_empty(2 * n if settings.reduction == "none" else ()), tau.new_empty(2 * n)
-    total = 2 * settings.total(n)
-    return loss, rows, tau.new_empty(total, width, dtype=dtype), tau.new_empty(total)
+    total, dz = 2 * settings.total(n), tau.new_empty(2 * n if _ahead(kernels, n, settings) else 0, width)
+    return loss, rows, tau.new_empty(total, width, dtype=dtype), tau.new_empty(total), dz
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor,
+    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor, dz: Tensor,
     words: str, numbers: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d/dx1, d/dx2, and <z, dz> of the rank's anchors."""
@@ -147,6 +158,9 @@ def _backward(
     n, (own, pos) = len(x1), _places(len(x1), settings)
     with torch.autocast(x1.device.type, enabled=False):
         g, every_g, factor = settings.upstream(grad, rows, len(z), views=2)
+        if _ahead(kernels, n, settings):
+            (dx1, dx2), radial = kernels.project(dz[None].clone(), z, [x1, x2], factor / tau, eps)
+            return dx1, dx2, radial
         miss = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
         x, lse_x = (z, lse) if settings.world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
         dz = kernels.gradient(x, z, tau, lse_x, g, lse, every_g, miss + miss.roll(n), own, pos, precision)
