@@ -35,22 +35,31 @@ def check(arch: int, usage: dict) -> None:
         assert usage["instructions"] == ["wgmma"], usage
 
 
-def compiled(folder: Path, arch: int, *precisions: str) -> list[dict]:
-    file = folder / f"{arch}.jsonl"
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, list[dict]]:
+    """What bench/loss_resources.py finds for each chip, side by side."""
+    folder = tmp_path_factory.mktemp("compiled")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, ROOT / "bench" / "loss_resources.py", "--json", file, "--arch", str(arch)]
-    done = subprocess.run([*command, "--precision", *precisions], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    script = [sys.executable, ROOT / "bench" / "loss_resources.py"]
+    running = {
+        arch: subprocess.Popen(
+            [*script, "--arch", str(arch), "--json", folder / f"{arch}.jsonl"],
+            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for arch in CHIPS
+    }  # fmt: skip
+    for process in running.values():
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+    return {arch: [json.loads(line) for line in (folder / f"{arch}.jsonl").open()] for arch in CHIPS}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", CHIPS)
-def test_no_spills(tmp_path, arch):
-    found = compiled(tmp_path, arch, *nt_xent.DTYPES)
-    for usage in found:
+def test_no_spills(found, arch):
+    for usage in found[arch]:
         check(arch, usage)
-    launched = {(usage["width"], usage["precision"]) for usage in found if usage["kernel"] == "statistics_kernel"}
+    launched = {(use["width"], use["precision"]) for use in found[arch] if use["kernel"] == "statistics_kernel"}
     assert launched == set(nt_xent.LAUNCH)
-    assert {usage["kernel"] for usage in found} == MATRIX | {"normalise_kernel", "project_kernel", "merge_kernel"}
+    assert {use["kernel"] for use in found[arch]} == MATRIX | {"normalise_kernel", "project_kernel", "merge_kernel"}
