@@ -3,7 +3,7 @@
     python bench/loss_resources.py [--arch 80 90 100] [--precision fp16 ...] [--json FILE]
 
 Every entry of the launch table is compiled; registers a thread, bytes of stack, of local memory and of shared memory a
-block, and the matrix instructions are read from the binary. Without --json the table goes to results/loss_resources.jsonl.
+block, and the matrix instructions are read from the binary. Without --json they go to results/loss_resources.jsonl.
 """
 
 from __future__ import annotations
@@ -91,11 +91,9 @@ def main() -> None:
                 else:
                     append("loss_resources", line)
                 shape = " ".join(f"{value:4d}" for value in launch) if launch else " " * 24
-                print(
-                    f"sm_{arch:<3d} {kernel.__name__:18s} {key:5d} {precision}  {shape}  {usage['registers']:3d} registers "
-                    f"{usage['stack']:4d} stack {usage['shared']:7d} shared  {' '.join(usage['instructions'])}",
-                    flush=True,
-                )
+                name = f"sm_{arch:<3d} {kernel.__name__:18s} {key:5d} {precision}  {shape} "
+                used = f"{usage['registers']:3d} registers {usage['stack']:4d} stack {usage['shared']:7d} shared "
+                print(name, used, *usage["instructions"], flush=True)
 
 
 if __name__ == "__main__":
