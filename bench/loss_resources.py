@@ -57,7 +57,7 @@ def resources(kernel, operand: str, constants: dict, options: dict, arch: int) -
     types |= {name: operand for name in ("x_ptr", "y_ptr", "w_ptr", "u_ptr") if name in types}
     types |= {"eps": "fp32"} if "eps" in types else {}
     types |= dict.fromkeys(constants, "constexpr")
-    aligned = [k for k, (name, kind) in enumerate(types.items()) if kind.startswith("*") or name == "width"]
+    aligned = [k for k, (name, kind) in enumerate(types.items()) if kind.startswith("*") or name in ("width", "stride")]
     source = ASTSource(kernel, types, constants, {(k,): [["tt.divisibility", 16]] for k in aligned})
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -216,8 +216,8 @@ def gradient_kernel(
 @triton.jit(do_not_specialize=["R", "C", "own", "pos"])
 def weights_kernel(
     x_ptr, y_ptr, tau_ptr, lse_x_ptr, g_x_ptr, lse_y_ptr, g_y_ptr, pull_ptr,
-    w_ptr,  # [R, C] out, times the scale of tile weights
-    R, C, own, pos, width,
+    w_ptr,  # [R, C] out, rows `stride` apart, times the scale of tile weights
+    R, C, own, pos, width, stride,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     scale = LOG2_E / tl.load(tau_ptr)
@@ -229,7 +229,7 @@ def weights_kernel(
     lse_y, g_y = _lse_and_g(lse_y_ptr, g_y_ptr, j, j < C)
     pull = tl.load(pull_ptr + row, mask=row < R, other=0.0) * FP16_SCALE
     w = tl.where(j[None, :] == (pos + row)[:, None], -pull[:, None], _weights(s, lse_x, g_x, lse_y, g_y, True))
-    out = row.to(tl.int64)[:, None] * C + j[None, :]
+    out = row.to(tl.int64)[:, None] * stride + j[None, :]
     tl.store(w_ptr + out, w.to(w_ptr.dtype.element_ty), mask=(row < R)[:, None] & (j < C)[None, :])
 
 

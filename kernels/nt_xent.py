@@ -134,12 +134,12 @@ def _wide_gradient(x: Tensor, y: Tensor, tensors: tuple, own: list[int], pos: li
     R = len(x) // len(pos)
     for view, start in ((view, start) for view in range(len(pos)) for start in range(0, R, x.shape[1])):
         rows = slice(view * R + start, view * R + min(start + x.shape[1], R))
-        w = y.new_empty(rows.stop - rows.start, len(y))
+        w = y.new_empty(rows.stop - rows.start, triton.cdiv(len(y), 16) * 16)[:, : len(y)]  # aligned rows
         grid = (triton.cdiv(len(w), launch.rows), triton.cdiv(len(y), launch.columns))
         with torch.cuda.device_of(x):
             contrast.weights_kernel[grid](
                 x[rows], y, tau, lse_x[rows], g_x[rows], lse_y, g_y, pull[rows], w,
-                len(w), len(y), own[view] + start, pos[view] + start, x.shape[1],
+                len(w), len(y), own[view] + start, pos[view] + start, x.shape[1], w.stride(0),
                 **constants(launch, WIDE, precision), **options(launch, _chip(x.device)[0]),
             )  # fmt: skip
         dx[0, rows] = _product(w, y, precision).div_(FP16_SCALE.value)
