@@ -21,6 +21,8 @@ CHOICES = {
     "backend": ("auto", "reference", *KERNELS),
     "precision": ("auto", "fp32", "tf32", "fp16", "bf16"),
 }
+SCALES = ("paper", "simclr_tf")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -31,31 +33,43 @@ def require(*rules: tuple[bool, str, object]) -> None:
             raise ValueError(f"{rule}, got {got}")
 
 
-def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, world: int, **chosen: str) -> Tensor:
+def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, group: Any, **chosen: str) -> Tensor:
     """The rules that all contrastive losses have; tau as a tensor, float64 if an input is, beside the inputs."""
-    names, tensors = " and ".join(inputs), list(inputs.values())
-    got = [(list(x.shape), x.dtype, x.device) for x in tensors]
+    for name, x in inputs.items():
+        require((isinstance(x, Tensor), f"{name} must be a tensor", type(x).__name__))
+        require(
+            (x.ndim == 2 and x.shape[1] >= 1, f"{name} must be [N, D] with D >= 1", list(x.shape)),
+            (x.dtype in FLOATS, f"{name} must be float16, bfloat16, float32 or float64", x.dtype),
+            (x.layout == torch.strided, f"{name} must be dense", x.layout),
+        )
+    names, tensors, backend = " and ".join(inputs), list(inputs.values()), chosen["backend"]
     device, wide = tensors[0].device, any(x.dtype == torch.float64 for x in tensors)
+    widths, devices = [x.shape[1] for x in tensors], [str(x.device) for x in tensors]
+    ranked = group is None or isinstance(group, dist.ProcessGroup)
+    require(
+        (all(D == widths[0] for D in widths), f"{names} must be [N, D] of one D", widths),
+        (all(x.device == device for x in tensors), f"{names} must be on one device", devices),
+        (_number(eps) and 0 < eps < math.inf, "eps must be a finite number > 0", eps),
+        *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", repr(x)) for name, x in chosen.items()),
+        (HAS_TRITON or backend != "triton", "backend must not be 'triton' where Triton is not installed", backend),
+        (not wide or backend != "triton", f"{names} must not be float64 for backend='triton'", torch.float64),
+        (ranked, "group must be a process group that this rank belongs to, or None", group),
+    )
+    several = group is not None and dist.get_world_size(group) > 1
+    require((not several or backend != "reference", "backend must not be 'reference' with several ranks", backend))
     dtype = torch.float64 if wide else torch.float32
     if isinstance(temperature, Tensor):
-        tau = temperature.to(device, dtype)
-        valid = temperature.ndim == 0 and temperature.is_floating_point()
-    else:
-        tau, valid = torch.full((), temperature, dtype=dtype, device=device), 0 < temperature < math.inf
-    backend = chosen["backend"]
-    require(
-        (all(x.ndim == 2 and x.shape[1] >= 1 for x in tensors), f"{names} must be [N, D] with D >= 1", got),
-        (all(x.shape[1] == tensors[0].shape[1] for x in tensors), f"{names} must have one D", got),
-        (all(x.is_floating_point() for x in tensors), f"{names} must be floating", got),
-        (all(x.device == device for x in tensors), f"{names} must be on one device", got),
-        (valid, "temperature must be a finite number > 0, or a floating 0-dim tensor", temperature),
-        (0 < eps < math.inf, "eps must be a finite number > 0", eps),
-        *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", x) for name, x in chosen.items()),
-        (HAS_TRITON or backend != "triton", "backend must not be 'triton' where Triton is not installed", backend),
-        (not wide or backend != "triton", f"{names} must not be float64 for backend='triton'", got),
-        (world == 1 or backend != "reference", "backend must not be 'reference' with several ranks", backend),
-    )
-    return tau
+        rule = "temperature must be a number or a 0-dim tensor of a floating dtype"
+        got = (list(temperature.shape), temperature.dtype)
+        require((temperature.ndim == 0 and temperature.is_floating_point(), rule, got))
+        return temperature.to(device, dtype)
+    number = _number(temperature) and 0 < temperature < math.inf
+    require((number, "temperature must be a finite number > 0, or a 0-dim tensor", repr(temperature)))
+    return torch.full((), temperature, dtype=dtype, device=device)
+
+
+def _number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 class Settings(NamedTuple):
@@ -101,7 +115,8 @@ class Settings(NamedTuple):
             precision = "fp16" if precision == "auto" else precision
         else:
             plain = ("auto",) if wide else ("auto", "fp32")
-            require((precision in plain, f"precision must be in {plain} for {backend=}, {xs[0].dtype}", precision))
+            rule = f"precision must be one of {plain} for backend={backend!r} and {xs[0].dtype}"
+            require((precision in plain, rule, repr(precision)))
         return importlib.import_module(KERNELS[backend]), precision
 
     def first(self, n: int) -> int:
@@ -171,7 +186,8 @@ def settings_of(group: dist.ProcessGroup | None, uneven: bool, x: Tensor, names:
         counts = every.tolist()
         require((sum(counts) >= 1, f"{names} must have rows on some rank", counts))
     else:
-        require((x.shape[0] >= 1, f"{names} must be [N, D] with N >= 1", list(x.shape)))
+        rule = f"{names} must be [N, D] with N >= 1 unless uneven=True"
+        require((x.shape[0] >= 1, rule, list(x.shape)))
     return Settings(**options, group=group.group_name, rank=dist.get_rank(group), world=world, counts=tuple(counts))
 
 

@@ -65,15 +65,15 @@ def info_nce(
         ValueError: an argument breaks its rule.
     Source: van den Oord et al. 2018, arXiv:1807.03748, equation 4; the symmetric form: arXiv:2103.00020, figure 3.
     """
-    ranks = 1 if group is None else dist.get_world_size(group)
     chosen = {"reduction": reduction, "backend": backend, "precision": precision}
     inputs = {"query": query, "key": key} | ({} if negatives is None else {"negatives": negatives})
-    tau = backends.check(inputs, temperature, eps, ranks, **chosen)
+    tau = backends.check(inputs, temperature, eps, group, **chosen)
     require(
         (query.shape[0] == key.shape[0], "query and key must have one shape", [list(query.shape), list(key.shape)]),
-        (negatives is None or negatives.shape[0] >= 1, "negatives must be [M, D] with M >= 1, or None", negatives),
+        (negatives is None or negatives.shape[0] >= 1, "negatives must be [M, D] with M >= 1, or None", "M = 0"),
         (in_batch or negatives is not None, "negatives must be given with in_batch=False", negatives),
         (in_batch or not symmetric, "symmetric must be False with in_batch=False", symmetric),
+        (return_stats in (False, True), "return_stats must be False or True", repr(return_stats)),
     )
     settings = backends.settings_of(group, uneven, query, "query and key", **chosen, grad_average=grad_average, eps=eps)
     extra = key.new_empty(0, key.shape[1]) if negatives is None else negatives

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_fast.losses.backends import require
+from simclr_fast.losses.backends import CHOICES, SCALES, require
 from simclr_fast.losses.info_nce import info_nce
 from simclr_fast.losses.nt_xent import nt_xent
 
@@ -45,11 +46,18 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         size = (memory_bank_size,) if isinstance(memory_bank_size, int) else tuple(memory_bank_size)
+        options = {"backend": backend, "precision": precision}
         require(
-            (temperature > 0, "temperature must be > 0", temperature),
             (
-                size == (0,) or (len(size) == 2 and min(size) > 0),
-                "memory_bank_size must be 0 or (rows, D), both positive",
+                isinstance(temperature, (int, float)) and 0 < temperature < math.inf,
+                "temperature must be a finite number > 0",
+                repr(temperature),
+            ),
+            (scale in SCALES, f"scale must be one of {SCALES}", repr(scale)),
+            *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", repr(x)) for name, x in options.items()),
+            (
+                size == (0,) or (len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)),
+                "memory_bank_size must be 0 or (rows, D), both whole and positive",
                 memory_bank_size,
             ),
             (scale == "paper" or size == (0,), "scale must be 'paper' with a memory bank", scale),
@@ -61,6 +69,10 @@ class NTXentLoss(nn.Module):
             "bank", F.normalize(torch.randn(size), dim=-1) if len(size) == 2 else None, persistent=False
         )
         self.oldest = 0
+
+    def extra_repr(self) -> str:
+        bank = 0 if self.bank is None else tuple(self.bank.shape)
+        return f"temperature={self.temperature}, memory_bank_size={bank}, gather_distributed={self.gather_distributed}"
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views of the same images, [N, D] each, not normalised; in nats.

@@ -53,8 +53,8 @@ def nt_xent(
             is the mean of what the ranks make of their losses, for "sum" the sum; with "none" the backward
             pass exchanges the upstream gradients, so that every rank has to run it.
         backend: "triton" (GPU of sm_80 or later, or CPU under TRITON_INTERPRET=1; not float64), "native" (tiles in
-            PyTorch, any device), "reference" (the whole matrix, one rank), "auto": triton where it applies,
-            else native.
+            PyTorch, any device), "reference" (the whole matrix, one rank), "auto": triton on such a GPU, else
+            native.
         precision: of the products in triton, summed in float32; "auto" is "fp16", whose 10 bits suit unit
             rows. The other backends take "auto" and "fp32" and multiply as PyTorch is set to.
         scale: "paper", or "simclr_tf", twice that.
@@ -64,7 +64,8 @@ def nt_xent(
         return_stats: also return detached 0-dim tensors over this rank's pairs: `contrastive_top1` (share of
             view-1 rows whose nearest view-2 row, of all ranks, is their own), `contrastive_entropy` (of
             that softmax, nats), `alignment` (mean squared distance of a pair). "all" adds `uniformity`: log of the
-            mean of exp(-2 |z_i - z_j|^2) over the pairs of one view (arXiv:2005.10242), the two views averaged.
+            mean of exp(-2 |z_i - z_j|^2) over the pairs of one view (arXiv:2005.10242), the two views averaged. A
+            rank without rows gets NaN.
         eps: floor of the norm that rows are divided by, as in `F.normalize`.
 
     Returns:
@@ -74,13 +75,12 @@ def nt_xent(
         ValueError: an argument breaks its rule.
     Source: Chen et al. 2020, arXiv:2002.05709, equation 1.
     """
-    ranks = 1 if group is None else dist.get_world_size(group)
     chosen = {"reduction": reduction, "backend": backend, "precision": precision}
-    tau = backends.check({"z1": z1, "z2": z2}, temperature, eps, ranks, **chosen)
+    tau = backends.check({"z1": z1, "z2": z2}, temperature, eps, group, **chosen)
     require(
         (z1.shape[0] == z2.shape[0], "z1 and z2 must have one shape", [list(z1.shape), list(z2.shape)]),
-        (scale in ("paper", "simclr_tf"), "scale must be one of ('paper', 'simclr_tf')", scale),
-        (return_stats in (False, True, "all"), "return_stats must be False, True or 'all'", return_stats),
+        (scale in backends.SCALES, f"scale must be one of {backends.SCALES}", repr(scale)),
+        (return_stats in (False, True, "all"), "return_stats must be False, True or 'all'", repr(return_stats)),
     )
     settings = backends.settings_of(group, uneven, z1, "z1 and z2", **chosen, grad_average=grad_average, eps=eps)
     if backend == "reference":
