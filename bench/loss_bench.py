@@ -142,10 +142,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help=f"{OURS} and contenders whose names hold one of these"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the results to this file, not to bench/results")
     parser.add_argument("--from", type=Path, metavar="FILE", dest="source", help="measure nothing, show these results")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory against 2N (.svg or .png)")
     args = parser.parse_args(argv)
+    if any(n < 2 or n % 2 for n in args.sizes or []):
+        parser.error(f"--sizes must be even and at least 2, got {args.sizes}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu where PyTorch sees no GPU, got cuda")
+    if args.source and not args.source.is_file():
+        parser.error(f"--from must be a file of results, got {args.source}")
     if args.plot:
         need_matplotlib()
     lines = [json.loads(line) for line in args.source.read_text().splitlines()] if args.source else run(args)
