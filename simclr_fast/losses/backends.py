@@ -53,6 +53,11 @@ def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, gr
         *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", repr(x)) for name, x in chosen.items()),
         (HAS_TRITON or backend != "triton", "backend must not be 'triton' where Triton is not installed", backend),
         (not wide or backend != "triton", f"{names} must not be float64 for backend='triton'", torch.float64),
+        (
+            backend != "reference" or chosen["precision"] in ("auto", "fp32"),
+            "precision must be one of ('auto', 'fp32') for backend='reference'",
+            repr(chosen["precision"]),
+        ),
         (ranked, "group must be a process group that this rank belongs to, or None", group),
     )
     several = group is not None and dist.get_world_size(group) > 1

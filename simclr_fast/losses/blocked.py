@@ -70,7 +70,7 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of each row of x, [rows]; without positives the loss means nothing."""
     shifted, triangle = _ways(x, y, tau)
-    total, match = x.new_zeros(2, len(x)).unbind()
+    total, match = x.new_zeros(len(x)), x.new_zeros(len(x))
     top = x.new_full((len(x),), -torch.finfo(x.dtype).max) if shifted else total
     for tile in _tiles(x, y, tau, own, pos, triangle):
         rows, columns, s = tile[:3]

@@ -224,8 +224,9 @@ def _differentiate(ctx, grad, *_):
         return (None,) * 9
     query, key, negatives, temperature = ctx.needs_input_grad[:4]
     wanted = [query or temperature, key, negatives]
-    *grads, radial = _backward(grad.contiguous(), *ctx.saved_tensors, wanted, *ctx.settings)
-    dtau = -radial.sum() / ctx.saved_tensors[3] if temperature else None
+    saved = ctx.saved_tensors  # once: checkpointing gives them out no more often
+    *grads, radial = _backward(grad.contiguous(), *saved, wanted, *ctx.settings)
+    dtau = -radial.sum() / saved[3] if temperature else None
     needed = (query, key, negatives)
     return *(x if need else None for x, need in zip(grads, needed, strict=True)), dtau, *(None,) * 5
 

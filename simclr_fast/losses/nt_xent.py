@@ -183,8 +183,9 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 6
-    dx1, dx2, radial = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
-    dtau = radial.sum() / (-2 * ctx.saved_tensors[2]) if ctx.needs_input_grad[2] else None
+    saved = ctx.saved_tensors  # once: checkpointing gives them out no more often
+    dx1, dx2, radial = _backward(grad.contiguous(), *saved, *ctx.settings)
+    dtau = radial.sum() / (-2 * saved[2]) if ctx.needs_input_grad[2] else None
     return dx1, dx2, dtau, None, None, None
 
 
