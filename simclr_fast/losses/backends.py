@@ -8,6 +8,7 @@ import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +23,7 @@ CHOICES = {
     "precision": ("auto", "fp32", "tf32", "fp16", "bf16"),
 }
 SCALES = ("paper", "simclr_tf")
+EPS_MIN = 1.2e-38  # smaller ones are none in float32
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -30,13 +32,13 @@ def require(*rules: tuple[bool, str, object]) -> None:
     """Raises a ValueError for the first rule, (holds, text, what was given), that does not hold."""
     for holds, rule, got in rules:
         if not holds:
-            raise ValueError(f"{rule}, got {got}")
+            raise ValueError(f"{rule}, got {got!r}")
 
 
 def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, group: Any, **chosen: str) -> Tensor:
     """The rules that all contrastive losses have; tau as a tensor, float64 if an input is, beside the inputs."""
     for name, x in inputs.items():
-        require((isinstance(x, Tensor), f"{name} must be a tensor", type(x).__name__))
+        require((isinstance(x, Tensor), f"{name} must be a tensor", type(x)))
         require(
             (x.ndim == 2 and x.shape[1] >= 1, f"{name} must be [N, D] with D >= 1", list(x.shape)),
             (x.dtype in FLOATS, f"{name} must be float16, bfloat16, float32 or float64", x.dtype),
@@ -49,14 +51,14 @@ def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, gr
     require(
         (all(D == widths[0] for D in widths), f"{names} must be [N, D] of one D", widths),
         (all(x.device == device for x in tensors), f"{names} must be on one device", devices),
-        (_number(eps) and 0 < eps < math.inf, "eps must be a finite number > 0", eps),
-        *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", repr(x)) for name, x in chosen.items()),
+        (_number(eps) and EPS_MIN <= eps < math.inf, f"eps must be a finite number >= {EPS_MIN}", eps),
+        *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", x) for name, x in chosen.items()),
         (HAS_TRITON or backend != "triton", "backend must not be 'triton' where Triton is not installed", backend),
         (not wide or backend != "triton", f"{names} must not be float64 for backend='triton'", torch.float64),
         (
             backend != "reference" or chosen["precision"] in ("auto", "fp32"),
             "precision must be one of ('auto', 'fp32') for backend='reference'",
-            repr(chosen["precision"]),
+            chosen["precision"],
         ),
         (ranked, "group must be a process group that this rank belongs to, or None", group),
     )
@@ -69,12 +71,12 @@ def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, gr
         require((temperature.ndim == 0 and temperature.is_floating_point(), rule, got))
         return temperature.to(device, dtype)
     number = _number(temperature) and 0 < temperature < math.inf
-    require((number, "temperature must be a finite number > 0, or a 0-dim tensor", repr(temperature)))
+    require((number, "temperature must be a finite number > 0, or a 0-dim tensor", temperature))
     return torch.full((), temperature, dtype=dtype, device=device)
 
 
 def _number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) or isinstance(x, (np.floating, np.integer))
 
 
 class Settings(NamedTuple):
@@ -111,17 +113,18 @@ class Settings(NamedTuple):
         backend, precision = self.backend, self.precision
         wide = any(x.dtype == torch.float64 for x in xs)
         if backend == "auto":
-            fits = xs[0].is_cuda and HAS_TRITON and not wide
-            backend = "triton" if fits and torch.cuda.get_device_capability(xs[0].device) >= (8, 0) else "native"
+            backend = "triton" if HAS_TRITON and not wide and _has_tensor_cores(xs[0].device) else "native"
         if backend == "triton":
             interpreted = importlib.import_module(KERNELS["triton"]).INTERPRETED
-            where = "inputs must be on a GPU of sm_80 or later, or in Triton's interpreter, for backend='triton'"
-            require((xs[0].is_cuda or interpreted, where, xs[0].device))
+            where = (
+                "inputs must be on an NVIDIA GPU of sm_80 or later, or in Triton's interpreter, for backend='triton'"
+            )
+            require((_has_tensor_cores(xs[0].device) or interpreted, where, xs[0].device))
             precision = "fp16" if precision == "auto" else precision
         else:
             plain = ("auto",) if wide else ("auto", "fp32")
             rule = f"precision must be one of {plain} for backend={backend!r} and {xs[0].dtype}"
-            require((precision in plain, rule, repr(precision)))
+            require((precision in plain, rule, precision))
         return importlib.import_module(KERNELS[backend]), precision
 
     def first(self, n: int) -> int:
@@ -176,6 +179,12 @@ class Settings(NamedTuple):
             return [grad / scale, every / scale, largest * (gain / self.world)]
         every = rows.new_ones(total)
         return [every[: len(rows)], every, grad * (gain / (total if self.reduction == "mean" else 1))]
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether the kernels can run there: an NVIDIA GPU of sm_80 or later."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def settings_of(group: dist.ProcessGroup | None, uneven: bool, x: Tensor, names: str, **options: Any) -> Settings:

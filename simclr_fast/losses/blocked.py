@@ -182,7 +182,7 @@ def spread_beside(x: Tensor, k: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor,
     """As `spread`, where the positive of row i is row i of k, before the columns of y."""
     x, k, y = (rows.to(tau.dtype) for rows in (x, k, y))
     entropy, hit = x.new_empty(2, len(x)).unbind()
-    for rows in _chunks(len(x), max(1, ROWS * COLUMNS // len(y))):
+    for rows in _chunks(len(x), max(1, (1 << 22) // len(y))):
         match = torch.linalg.vecdot(x[rows], k[rows])[:, None]
         s = torch.cat([match, x[rows] @ y.T], 1) / tau
         entropy[rows], hit[rows] = _softmax(s, torch.zeros(len(s), device=s.device))

@@ -73,7 +73,7 @@ def info_nce(
         (negatives is None or negatives.shape[0] >= 1, "negatives must be [M, D] with M >= 1, or None", "M = 0"),
         (in_batch or negatives is not None, "negatives must be given with in_batch=False", negatives),
         (in_batch or not symmetric, "symmetric must be False with in_batch=False", symmetric),
-        (return_stats in (False, True), "return_stats must be False or True", repr(return_stats)),
+        (return_stats in (False, True), "return_stats must be False or True", return_stats),
     )
     settings = backends.settings_of(group, uneven, query, "query and key", **chosen, grad_average=grad_average, eps=eps)
     extra = key.new_empty(0, key.shape[1]) if negatives is None else negatives

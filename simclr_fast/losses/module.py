@@ -33,6 +33,7 @@ class NTXentLoss(nn.Module):
     """
 
     bank: Tensor
+    oldest: Tensor
 
     def __init__(
         self,
@@ -51,10 +52,10 @@ class NTXentLoss(nn.Module):
             (
                 isinstance(temperature, (int, float)) and 0 < temperature < math.inf,
                 "temperature must be a finite number > 0",
-                repr(temperature),
+                temperature,
             ),
-            (scale in SCALES, f"scale must be one of {SCALES}", repr(scale)),
-            *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", repr(x)) for name, x in options.items()),
+            (scale in SCALES, f"scale must be one of {SCALES}", scale),
+            *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", x) for name, x in options.items()),
             (
                 size == (0,) or (len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)),
                 "memory_bank_size must be 0 or (rows, D), both whole and positive",
@@ -65,13 +66,13 @@ class NTXentLoss(nn.Module):
         self.temperature, self.gather_distributed = temperature, gather_distributed
         self.scale = scale
         self.options: dict[str, Any] = {"backend": backend, "precision": precision}
-        self.register_buffer(
-            "bank", F.normalize(torch.randn(size), dim=-1) if len(size) == 2 else None, persistent=False
-        )
-        self.oldest = 0
+        # The last row takes what finds no place, so that where a batch goes need not be known to the host.
+        rows = F.normalize(torch.randn(size[0] + 1, size[1]), dim=1) if len(size) == 2 else None
+        self.register_buffer("bank", rows, persistent=False)
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def extra_repr(self) -> str:
-        bank = 0 if self.bank is None else tuple(self.bank.shape)
+        bank = 0 if self.bank is None else (len(self.bank) - 1, self.bank.shape[1])
         return f"temperature={self.temperature}, memory_bank_size={bank}, gather_distributed={self.gather_distributed}"
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class NTXentLoss(nn.Module):
         if self.bank is None:
             return nt_xent(out0, out1, self.temperature, group=group, scale=self.scale, **self.options)
         # A copy, because the bank changes before the backward pass.
-        loss = info_nce(out0, out1, self.temperature, negatives=self.bank.clone(), in_batch=False, **self.options)
+        loss = info_nce(out0, out1, self.temperature, negatives=self.bank[:-1].clone(), in_batch=False, **self.options)
         if out0.requires_grad:
             self._remember(out1.detach(), group)
         return loss
@@ -97,6 +98,8 @@ class NTXentLoss(nn.Module):
             every = rows.new_empty(dist.get_world_size(group) * len(rows), rows.shape[1])
             dist.all_gather_into_tensor(every, rows, group=group)
             rows = every
-        end = min(self.oldest + len(rows), len(self.bank))
-        self.bank[self.oldest : end] = rows[: end - self.oldest]
-        self.oldest = end % len(self.bank)
+        size = len(self.bank) - 1
+        places = self.oldest + torch.arange(len(rows), device=self.bank.device)
+        self.bank.index_copy_(0, places.clamp_(max=size), rows)
+        end = self.oldest + len(rows)
+        self.oldest.copy_(torch.where(end >= size, 0, end))

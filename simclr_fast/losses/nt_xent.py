@@ -79,8 +79,8 @@ def nt_xent(
     tau = backends.check({"z1": z1, "z2": z2}, temperature, eps, group, **chosen)
     require(
         (z1.shape[0] == z2.shape[0], "z1 and z2 must have one shape", [list(z1.shape), list(z2.shape)]),
-        (scale in backends.SCALES, f"scale must be one of {backends.SCALES}", repr(scale)),
-        (return_stats in (False, True, "all"), "return_stats must be False, True or 'all'", repr(return_stats)),
+        (scale in backends.SCALES, f"scale must be one of {backends.SCALES}", scale),
+        (return_stats in (False, True, "all"), "return_stats must be False, True or 'all'", return_stats),
     )
     settings = backends.settings_of(group, uneven, z1, "z1 and z2", **chosen, grad_average=grad_average, eps=eps)
     if backend == "reference":
