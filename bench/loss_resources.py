@@ -1,6 +1,6 @@
-"""What the loss's kernels take of a GPU, compiled for A100, H100 and B200 without one.
+"""What the loss's kernels take of a GPU, compiled for A100, RTX 4090, H100 and B200 without one.
 
-    python bench/loss_resources.py [--arch 80 90 100] [--precision fp16 ...] [--json FILE]
+    python bench/loss_resources.py [--arch 80 89 90 100] [--precision fp16 ...] [--json FILE]
 
 Every entry of the launch table is compiled; registers a thread, bytes of stack, of local memory and of shared memory a
 block, and the matrix instructions are read from the binary. Without --json they go to results/loss_resources.jsonl.
@@ -28,22 +28,24 @@ from triton.compiler import ASTSource
 
 from simclr_fast.kernels import contrast, nt_xent, unit_rows
 
+# Bytes of shared memory that a block may have (CUDA C++ programming guide, compute capabilities).
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 def kernels(precision: str, arch: int):
     """Kernel, its launch, its constants and options, for all that the launcher can start in a precision."""
-    for (key, name), launches in nt_xent.LAUNCH.items():
-        if name == precision:
-            wide = key == nt_xent.WIDE
-            second = contrast.weights_kernel if wide else contrast.gradient_kernel
-            for kernel, launch in (
-                (contrast.statistics_kernel, launches[0]), (contrast.spread_kernel, launches[0]), (second, launches[1]),
-            ):  # fmt: skip
-                constants = nt_xent.constants(launch, key, precision)
-                if "WIDE" in kernel.arg_names:
-                    constants["WIDE"] = wide
-                yield kernel, key, launch, constants, nt_xent.options(launch, arch)
+    for key in nt_xent.BLOCK_D:
+        wide, (first, second) = key == nt_xent.WIDE, nt_xent.launches(key, precision, SHARED[arch])
+        last = contrast.weights_kernel if wide else contrast.gradient_kernel
+        for kernel, launch, flags in (
+            (contrast.statistics_kernel, first, {"WIDE": wide}),
+            (contrast.spread_kernel, first, {"WIDE": wide}),
+            (last, second, {"SLOPE": False}),
+            (last, second, {"SLOPE": True}),
+        ):
+            constants = nt_xent.constants(launch, key, precision) | flags
+            yield kernel, key, launch, constants, nt_xent.options(launch, arch)
     for D in (64, 128, 256, 1024):
         for kernel in (unit_rows.normalise_kernel, unit_rows.project_kernel):
             yield kernel, D, None, unit_rows.block_sizes(D), {}
@@ -75,7 +77,7 @@ def resources(kernel, operand: str, constants: dict, options: dict, arch: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED), default=list(SHARED))
     parser.add_argument("--precision", nargs="+", choices=list(nt_xent.DTYPES), default=list(nt_xent.DTYPES))
     parser.add_argument("--json", type=Path, help="append the lines to FILE")
     args = parser.parse_args()
@@ -84,7 +86,7 @@ def main() -> None:
             for kernel, key, launch, constants, options in kernels(precision, arch):
                 usage = resources(kernel, POINTERS[nt_xent.DTYPES[precision]], constants, options, arch)
                 line = {"arch": f"sm_{arch}", "kernel": kernel.__name__, "width": key, "precision": precision}
-                line |= {"launch": launch and launch._asdict(), **usage}
+                line |= {"launch": launch and launch._asdict(), "slope": bool(constants.get("SLOPE")), **usage}
                 if args.json:
                     with open(args.json, "a", encoding="utf-8") as file:
                         file.write(json.dumps(line) + "\n")

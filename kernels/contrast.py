@@ -6,6 +6,9 @@
     dx_i     = 1/tau sum_j (g_x[i] exp(S[i, j] - lse_x[i]) + g_y[j] exp(S[i, j] - lse_y[j])) y_j    j != own(i), pos(i)
                           - pull[i] y_j                                                             j == pos(i)
 
+    slope[i] = sum_j (weight of y_j in tau dx_i) (<x_i, y_j> - 1)    whose sum, over -tau^2, is dL/dtau: in fp32, where
+                                            <x_i, dx_i> would carry the rounding of weights that cancel each other
+
 NT-Xent takes x = y = z, both views, and own(i) = i. InfoNCE takes queries and keys, or keys and queries for the
 gradient of the keys, and excludes nothing. One program owns BLOCK_I rows of x and walks the columns: no atomics,
 bit-equal runs.
@@ -153,28 +156,30 @@ def _lse_and_g(lse_ptr, g_ptr, index, exists):
 def _pulls(
     x_ptr, y_ptr, lse_x_ptr, g_x_ptr, lse_y_ptr, g_y_ptr, pull_ptr, R, C, own_0, own_1, pos_0, pos_1, width, scale,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, SHIFTED: tl.constexpr,
+    PRECISION: tl.constexpr, SLOPE: tl.constexpr, SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """tau dx over this program's share of the columns, times the scale of tile weights, [BLOCK_I, BLOCK_D]."""
+    """tau dx and slope over this program's share of the columns, times the scale of tile weights."""
     row, exists, own, pos = block(R, own_0, own_1, pos_0, pos_1, BLOCK_I)
     a, a_end, b, b_end, begin, turn, end = plan(own, pos, C, BLOCK_I, BLOCK_J)
     x = load(x_ptr, row, exists, width, 0, BLOCK_D, True)
     lse_x, g_x = _lse_and_g(lse_x_ptr, g_x_ptr, row, exists)
     pull = tl.load(pull_ptr + row, mask=exists, other=0.0) * FP16_SCALE
     dx = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
+    slope = tl.zeros([BLOCK_I], tl.float32)
     for plain in tl.static_range(2):
         for u in tl.range(turn if plain else begin, end if plain else turn, num_stages=None if plain else 1):
             j = columns(u, a, a_end, b, b_end, C, BLOCK_J, not plain)
             y = load(y_ptr, j, j < C, width, 0, BLOCK_D, not plain)
             lse_y, g_y = _lse_and_g(lse_y_ptr, g_y_ptr, j, j < C)
             s = dot(x, tl.trans(y), tl.zeros([BLOCK_I, BLOCK_J], tl.float32), PRECISION) * scale
-            if not plain:
-                s = tl.where((j[None, :] == own[:, None]) | (j[None, :] >= C), -float("inf"), s)
             w = _weights(s, lse_x, g_x, lse_y, g_y, SHIFTED)
             if not plain:
+                w = tl.where((j[None, :] == own[:, None]) | (j[None, :] >= C), 0.0, w)
                 w = tl.where(j[None, :] == pos[:, None], -pull[:, None], w)
+            if SLOPE:
+                slope += tl.sum(w * (s - scale), 1)
             dx = dot(w.to(y.dtype), y, dx, PRECISION)
-    return dx
+    return dx, slope / scale
 
 
 # Gradient. The same walk; the weights of a tile are formed in fp32, the positive's included, and only then rounded
@@ -191,23 +196,26 @@ def gradient_kernel(
     g_y_ptr,  # [C] fp32, |g| <= 1
     pull_ptr,  # [segments * R] fp32, |pull| <= 2
     dx_ptr,  # [shares, segments * R, width] fp32, out, times tau
+    slope_ptr,  # [shares, segments * R] fp32, out if SLOPE
     R, C, own_0, own_1, pos_0, pos_1, rows, width,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     tau = tl.load(tau_ptr)
     if tau >= UNSHIFTED_TAU:
-        dx = _pulls(
+        dx, slope = _pulls(
             x_ptr, y_ptr, lse_x_ptr, g_x_ptr, lse_y_ptr, g_y_ptr, pull_ptr, R, C, own_0, own_1, pos_0, pos_1, width,
-            LOG2_E / tau, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, False,
+            LOG2_E / tau, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, SLOPE, False,
         )  # fmt: skip
     else:
-        dx = _pulls(
+        dx, slope = _pulls(
             x_ptr, y_ptr, lse_x_ptr, g_x_ptr, lse_y_ptr, g_y_ptr, pull_ptr, R, C, own_0, own_1, pos_0, pos_1, width,
-            LOG2_E / tau, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, True,
+            LOG2_E / tau, BLOCK_I, BLOCK_J, BLOCK_D, PRECISION, SLOPE, True,
         )  # fmt: skip
     row, exists, _, _ = block(R, own_0, own_1, pos_0, pos_1, BLOCK_I)
     out = (tl.program_id(1) * rows + row).to(tl.int64)[:, None] * width + tl.arange(0, BLOCK_D)
     tl.store(dx_ptr + out, dx / FP16_SCALE, mask=exists[:, None])
+    if SLOPE:
+        tl.store(slope_ptr + tl.program_id(1) * rows + row, slope / FP16_SCALE, mask=exists)
 
 
 # Weights of wide rows: their dx does not fit in registers, so that the weights of some rows are stored, in the type
@@ -217,20 +225,25 @@ def gradient_kernel(
 def weights_kernel(
     x_ptr, y_ptr, tau_ptr, lse_x_ptr, g_x_ptr, lse_y_ptr, g_y_ptr, pull_ptr,
     w_ptr,  # [R, C] out, rows `stride` apart, times the scale of tile weights
+    slope_ptr,  # [R, tiles of columns] fp32, out if SLOPE
     R, C, own, pos, width, stride,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     scale = LOG2_E / tl.load(tau_ptr)
     row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     s = scale * scores(x_ptr, 0, row, row < R, y_ptr, 0, j, C, width, BLOCK_I, BLOCK_J, BLOCK_D, True, True, PRECISION)
-    s = tl.where(j[None, :] == (own + row)[:, None], -float("inf"), s)
     lse_x, g_x = _lse_and_g(lse_x_ptr, g_x_ptr, row, row < R)
     lse_y, g_y = _lse_and_g(lse_y_ptr, g_y_ptr, j, j < C)
     pull = tl.load(pull_ptr + row, mask=row < R, other=0.0) * FP16_SCALE
-    w = tl.where(j[None, :] == (pos + row)[:, None], -pull[:, None], _weights(s, lse_x, g_x, lse_y, g_y, True))
+    w = _weights(s, lse_x, g_x, lse_y, g_y, True)
+    w = tl.where((j[None, :] == (own + row)[:, None]) | (j[None, :] >= C), 0.0, w)
+    w = tl.where(j[None, :] == (pos + row)[:, None], -pull[:, None], w)
     out = row.to(tl.int64)[:, None] * stride + j[None, :]
     tl.store(w_ptr + out, w.to(w_ptr.dtype.element_ty), mask=(row < R)[:, None] & (j < C)[None, :])
+    if SLOPE:
+        slope = tl.sum(w * (s / scale - 1.0), 1) / FP16_SCALE
+        tl.store(slope_ptr + row * tl.num_programs(1) + tl.program_id(1), slope, mask=row < R)
 
 
 # How the softmax of a row is spread: its entropy, and whether no other column comes before its positive.

@@ -56,6 +56,14 @@ LAUNCH = {
     for precision, table in {"fp16": _HALF, "bf16": _HALF, "tf32": _TF32, "fp32": _FP32}.items()
     for width, launches in table.items()
 }
+# Where a block has less shared memory than SHARED, as on sm_86, sm_89 and sm_120.
+SHARED = 160 * 1024
+LOW_SHARED = {
+    (256, "fp16"): (Launch(64, 64, 4, 2), Launch(32, 32, 4, 2)),
+    (256, "bf16"): (Launch(64, 64, 4, 2), Launch(32, 32, 4, 2)),
+    (256, "tf32"): (Launch(32, 32, 4, 2), Launch(16, 32, 4, 2)),
+    (256, "fp32"): (Launch(32, 32, 8, 2), Launch(16, 16, 8, 2)),
+}
 
 
 def layout(D: int, dtype: torch.dtype, precision: str) -> tuple[int, torch.dtype]:
@@ -75,14 +83,14 @@ def statistics(
     x: Tensor, y: Tensor, tau: Tensor, own: list[int], pos: list[int], precision: str
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of each row of x, [rows] fp32; without positives the loss means nothing."""
-    launch = LAUNCH[_key(x), precision][0]
+    launch = _launches(x, precision)[0]
     blocks, shares = _grid(x, y, len(pos), launch)
-    rest, match = torch.empty(2, shares, len(x), device=x.device).unbind()
-    loss, lse = (torch.empty(len(x), device=x.device) for _ in range(2))
+    rest, match = torch.empty(2, shares, len(x), dtype=torch.float32, device=x.device).unbind()
+    loss, lse = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
     with torch.cuda.device_of(x):
         contrast.statistics_kernel[blocks, shares](
             x, y, tau, rest, match, *_places(x, y, own, pos), len(x), x.shape[1],
-            WIDE=_key(x) == WIDE, **constants(launch, _key(x), precision), **options(launch, _chip(x.device)[0]),
+            WIDE=_key(x) == WIDE, **constants(launch, _key(x), precision), **options(launch, _chip(x.device).arch),
         )  # fmt: skip
         contrast.merge_kernel[(triton.cdiv(len(x), 256),)](
             rest, match, loss, lse, len(x), shares, PAIRED=pos[0] != ABSENT, BLOCK_I=256
@@ -92,20 +100,24 @@ def statistics(
 
 def gradient(
     x: Tensor, y: Tensor, tau: Tensor, lse_x: Tensor, g_x: Tensor, lse_y: Tensor, g_y: Tensor, pull: Tensor,
-    own: list[int], pos: list[int], precision: str,
-) -> Tensor:  # fmt: skip
-    """tau dL/dx in shares that are to be added up, [shares, rows, width] fp32."""
-    tensors, launch = (tau, lse_x, g_x, lse_y, g_y, pull), LAUNCH[_key(x), precision][1]
+    own: list[int], pos: list[int], precision: str, slope: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """tau dL/dx in shares that are to be added up, [shares, rows, width] fp32, and the slope of each row, if wanted.
+
+    The slopes of all rows of all ranks add up to <x, tau dL/dx>.
+    """
+    tensors, launch = (tau, lse_x, g_x, lse_y, g_y, pull), _launches(x, precision)[1]
     if _key(x) == WIDE:
-        return _wide_gradient(x, y, tensors, own, pos, precision)
+        return _wide_gradient(x, y, tensors, own, pos, precision, slope)
     blocks, shares = _grid(x, y, len(pos), launch)
-    dx = torch.empty(shares, *x.shape, device=x.device)
+    dx = torch.empty(shares, *x.shape, dtype=torch.float32, device=x.device)
+    slopes = dx.new_empty(shares, len(x) if slope else 0)
     with torch.cuda.device_of(x):
         contrast.gradient_kernel[blocks, shares](
-            x, y, *tensors, dx, *_places(x, y, own, pos), len(x), x.shape[1],
-            WIDE=False, **constants(launch, _key(x), precision), **options(launch, _chip(x.device)[0]),
+            x, y, *tensors, dx, slopes, *_places(x, y, own, pos), len(x), x.shape[1],
+            SLOPE=slope, **constants(launch, _key(x), precision), **options(launch, _chip(x.device).arch),
         )  # fmt: skip
-    return dx
+    return dx, slopes.sum(0) if slope else None
 
 
 def project(dx: Tensor, u: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
@@ -117,33 +129,38 @@ def project(dx: Tensor, u: Tensor, xs: list[Tensor], factor: Tensor, eps: float)
 
 def spread(x: Tensor, y: Tensor, tau: Tensor, pos: int, precision: str) -> tuple[Tensor, Tensor]:
     """Entropy of the softmax of each row, nats, and 1 where its positive comes first, [rows] fp32."""
-    entropy, hit = torch.empty(2, len(x), device=x.device).unbind()
-    launch = LAUNCH[_key(x), precision][0]
+    entropy, hit = torch.empty(2, len(x), dtype=torch.float32, device=x.device).unbind()
+    launch = _launches(x, precision)[0]
     with torch.cuda.device_of(x):
         contrast.spread_kernel[(triton.cdiv(len(x), launch.rows),)](
             x, y, tau, entropy, hit, len(x), len(y), pos, x.shape[1],
-            WIDE=_key(x) == WIDE, **constants(launch, _key(x), precision), **options(launch, _chip(x.device)[0]),
+            WIDE=_key(x) == WIDE, **constants(launch, _key(x), precision), **options(launch, _chip(x.device).arch),
         )  # fmt: skip
     return entropy, hit
 
 
-def _wide_gradient(x: Tensor, y: Tensor, tensors: tuple, own: list[int], pos: list[int], precision: str) -> Tensor:
-    """As `gradient`, through the weights of `width` rows at a time: 2 C D bytes, a quarter of the result's inputs."""
+def _wide_gradient(
+    x: Tensor, y: Tensor, tensors: tuple, own: list[int], pos: list[int], precision: str, slope: bool
+) -> tuple[Tensor, Tensor | None]:
+    """As `gradient`, through the stored weights of some rows at a time: as many as make a large product."""
     tau, lse_x, g_x, lse_y, g_y, pull = tensors
-    launch, dx = LAUNCH[WIDE, precision][1], torch.empty(1, *x.shape, device=x.device)
-    R = len(x) // len(pos)
-    for view, start in ((view, start) for view in range(len(pos)) for start in range(0, R, x.shape[1])):
-        rows = slice(view * R + start, view * R + min(start + x.shape[1], R))
+    launch = _launches(x, precision)[1]
+    dx = torch.empty(1, *x.shape, dtype=torch.float32, device=x.device)
+    slopes, R, step = dx.new_empty(len(x)), len(x) // len(pos), max(x.shape[1], 2048)
+    for view, start in ((view, start) for view in range(len(pos)) for start in range(0, R, step)):
+        rows = slice(view * R + start, view * R + min(start + step, R))
         w = y.new_empty(rows.stop - rows.start, triton.cdiv(len(y), 16) * 16)[:, : len(y)]  # aligned rows
         grid = (triton.cdiv(len(w), launch.rows), triton.cdiv(len(y), launch.columns))
+        parts = dx.new_empty(len(w), grid[1] if slope else 0)
         with torch.cuda.device_of(x):
             contrast.weights_kernel[grid](
-                x[rows], y, tau, lse_x[rows], g_x[rows], lse_y, g_y, pull[rows], w,
+                x[rows], y, tau, lse_x[rows], g_x[rows], lse_y, g_y, pull[rows], w, parts,
                 len(w), len(y), own[view] + start, pos[view] + start, x.shape[1], w.stride(0),
-                **constants(launch, WIDE, precision), **options(launch, _chip(x.device)[0]),
+                SLOPE=slope, **constants(launch, WIDE, precision), **options(launch, _chip(x.device).arch),
             )  # fmt: skip
         dx[0, rows] = _product(w, y, precision).div_(FP16_SCALE.value)
-    return dx
+        slopes[rows] = parts.sum(1)
+    return dx, slopes if slope else None
 
 
 def _product(w: Tensor, y: Tensor, precision: str) -> Tensor:
@@ -169,27 +186,47 @@ def _places(x: Tensor, y: Tensor, own: list[int], pos: list[int]) -> tuple[int, 
     return len(x) // len(pos), len(y), own[0], own[-1], pos[0], pos[-1]
 
 
+class Chip(NamedTuple):
+    """Compute capability times ten, multiprocessors, and bytes of shared memory that a block may have."""
+
+    arch: int
+    multiprocessors: int
+    shared: int
+
+
 @cache
-def _chip(device: torch.device) -> tuple[int, int]:
-    """Compute capability times ten, and multiprocessors; for the interpreter enough of them to share columns."""
+def _chip(device: torch.device) -> Chip:
     if device.type != "cuda":
-        return 0, 3
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
+        return Chip(0, 8, 1 << 18)  # the interpreter: enough multiprocessors for columns to be shared
+    found = torch.cuda.get_device_properties(device)
+    return Chip(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
+def _launches(x: Tensor, precision: str) -> tuple[Launch, Launch]:
+    return launches(_key(x), precision, _chip(x.device).shared)
+
+
+def launches(key: int, precision: str, shared: int) -> tuple[Launch, Launch]:
+    """The entry of the table for a chip whose blocks have so much shared memory."""
+    return (LAUNCH if shared >= SHARED else LAUNCH | LOW_SHARED)[key, precision]
 
 
 def _grid(x: Tensor, y: Tensor, segments: int, launch: Launch) -> tuple[int, int]:
-    """Blocks of rows, and shares of the columns: as few as keep nine tenths of all multiprocessors busy."""
+    """Blocks of rows, and shares of the columns."""
     blocks = segments * triton.cdiv(len(x) // segments, launch.rows)
-    if blocks == 0:
-        return 0, 1
-    slots = _chip(x.device)[1] * launch.programs
-    most = max(1, triton.cdiv(len(y), launch.columns) // 2)
+    return blocks, _shares(
+        blocks, triton.cdiv(len(y), launch.columns), _chip(x.device).multiprocessors * launch.programs
+    )
 
-    def busy(shares: int) -> float:
-        return blocks * shares / (slots * triton.cdiv(blocks * shares, slots))
 
-    return blocks, next((k for k in range(1, most) if busy(k) >= 0.9), max(range(1, most + 1), key=busy))
+@cache
+def _shares(blocks: int, tiles: int, slots: int) -> int:
+    """As few as keep nine tenths of the slots busy, and one where blocks alone do: each share takes a dx of its own."""
+    if blocks == 0 or blocks >= slots:
+        return 1
+    most = max(1, min(tiles // 2, -(-2 * slots // blocks)))
+    busy = {shares: blocks * shares / (slots * -(-blocks * shares // slots)) for shares in range(1, most + 1)}
+    return next((shares for shares in busy if busy[shares] >= 0.9), max(busy, key=lambda shares: busy[shares]))
 
 
 def constants(launch: Launch, key: int, precision: str) -> dict:

@@ -147,7 +147,7 @@ def project(du: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[l
     R, D = xs[0].shape
     shares, rows, width = du.shape
     dxs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in xs]
-    radial = torch.empty(rows, device=du.device)
+    radial = torch.empty(rows, dtype=torch.float32, device=du.device)
     block = block_sizes(D)
     strides = [stride for x in (xs[0], xs[-1]) for stride in x.stride()]
     grid = (triton.cdiv(R, block["BLOCK_I"]), len(xs))

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled for A100, H100 and B200 without a GPU: no spills, it fits, and it uses tensor cores.
+"""Every Triton kernel, compiled for A100, RTX 4090, H100 and B200 without one: no spills, it fits, on tensor cores.
 
 bench/loss_resources.py does it, from the launcher's own table, in processes where Triton does not interpret.
 """
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 # Shared memory that one block may have, in bytes, and the matrix instructions to expect.
 CHIPS = {
     80: (163 * 1024, {"mma.sync"}),
+    89: (99 * 1024, {"mma.sync"}),
     90: (227 * 1024, {"wgmma", "mma.sync"}),
     100: (227 * 1024, {"tcgen05.mma", "mma.sync"}),
 }

@@ -101,9 +101,10 @@ def statistics(
 
 def gradient(
     x: Tensor, y: Tensor, tau: Tensor, lse_x: Tensor, g_x: Tensor, lse_y: Tensor, g_y: Tensor, pull: Tensor,
-    own: list[int], pos: list[int], precision: str,
-) -> Tensor:  # fmt: skip
-    """tau dL/dx, [1, rows, D]; x and y may be the same object only if lse, g and the rows' places are too."""
+    own: list[int], pos: list[int], precision: str, slope: bool = False,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """tau dL/dx, [1, rows, D], exact enough to take the slopes from; x and y may be the same object only if lse, g and
+    the rows' places are too."""
     shifted, triangle = _ways(x, y, tau)
     dx, other = torch.zeros_like(x), None
     if not shifted:
@@ -128,7 +129,7 @@ def gradient(
             _keep_above_diagonal(tile)
             dx[columns].addmm_(w.T, x[rows])
         dx[rows].addmm_(w, y[columns])
-    return dx[None]
+    return dx[None], None
 
 
 def at_once(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:

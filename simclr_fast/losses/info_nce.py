@@ -165,7 +165,8 @@ def _backward(
     m: Tensor, lse_q: Tensor, lse_k: Tensor, wanted: list[bool], in_batch: bool, symmetric: bool,
     words: str, numbers: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """d/dquery, d/dkey, d/dnegatives, empty where not wanted, and <q, dq> of the rank's queries."""
+    """d/dquery, d/dkey, d/dnegatives, empty where not wanted, and <q, dq> of the rank's queries, or, if the gradient of
+    the temperature is wanted, what has the same sum over all ranks."""
     settings = Settings.unpacked(words, numbers, eps)
     kernels, precision = settings.kernels([query, key, extra])
     n, first, absent = len(query), settings.first(len(query)) if in_batch else 0, [ABSENT]
@@ -182,27 +183,33 @@ def _backward(
             pull = pull - g * torch.expm1(-rows_k)
             lse_columns[: len(lse_k)], g_columns[: len(lse_k)] = lse_k, every_g
         if wanted[0]:
-            du = kernels.gradient(q, columns, tau, lse_own, g, lse_columns, g_columns, pull, absent, pos, precision)
+            of_columns = lse_columns, g_columns
+            du, slopes = kernels.gradient(
+                q, columns, tau, lse_own, g, *of_columns, pull, absent, pos, precision, wanted[3]
+            )
             if not in_batch:
                 du[0] -= pull[:, None] * k
+                cosines = torch.linalg.vecdot(q.to(tau.dtype), k.to(tau.dtype))
+                slopes = None if slopes is None else slopes - pull * (cosines - 1)
             (dq,), radial = kernels.project(du, q, [query], factor, eps)
+            radial = radial if slopes is None else slopes * factor
         if wanted[1]:
             if in_batch:
                 of_keys = lse_columns[first : first + n], g_columns[first : first + n]
-                du = kernels.gradient(k, queries, tau, *of_keys, lse_q, every_g, pull, absent, pos, precision)
+                du, _ = kernels.gradient(k, queries, tau, *of_keys, lse_q, every_g, pull, absent, pos, precision)
             else:
                 du = (-pull[:, None] * q)[None]
             (dk,), _ = kernels.project(du, k, [key], factor, eps)
         if wanted[2]:
             quiet = _silent(len(m), g)
-            du = kernels.gradient(m, q, tau, *quiet, lse_own, g, quiet[1], absent, absent, precision)
+            du, _ = kernels.gradient(m, q, tau, *quiet, lse_own, g, quiet[1], absent, absent, precision)
             (dm,), _ = kernels.project(du, m, [extra], factor, eps)
         return dq, dk, dm, radial
 
 
 @_backward.register_fake
 def _(grad, query, key, extra, tau, rows_q, rows_k, u, m, lse_q, lse_k, wanted, *_):
-    grads = zip((query, key, extra), wanted, strict=True)
+    grads = zip((query, key, extra), wanted[:3], strict=True)
     dq, dk, dm = (x.new_empty(x.shape if want else (0,)) for x, want in grads)
     return dq, dk, dm, tau.new_empty(query.shape[0] if wanted[0] else 0)
 
@@ -223,7 +230,7 @@ def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 9
     query, key, negatives, temperature = ctx.needs_input_grad[:4]
-    wanted = [query or temperature, key, negatives]
+    wanted = [query or temperature, key, negatives, temperature]
     saved = ctx.saved_tensors  # once: checkpointing gives them out no more often
     *grads, radial = _backward(grad.contiguous(), *saved, wanted, *ctx.settings)
     dtau = -radial.sum() / saved[3] if temperature else None

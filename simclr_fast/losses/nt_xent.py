@@ -150,9 +150,9 @@ def _(x1, x2, tau, words, numbers, eps):
 @torch.library.custom_op("simclr_fast::nt_xent_backward", mutates_args=())
 def _backward(
     grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor, dz: Tensor,
-    words: str, numbers: list[int], eps: float,
+    slope: bool, words: str, numbers: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d/dx1, d/dx2, and <z, dz> of the rank's anchors."""
+    """d/dx1, d/dx2, and <z, dz> of the rank's anchors, or with `slope` what has the same sum over all ranks."""
     settings = Settings.unpacked(words, numbers, eps)
     kernels, precision = settings.kernels([x1, x2])
     n, (own, pos) = len(x1), _places(len(x1), settings)
@@ -163,9 +163,10 @@ def _backward(
             return dx1, dx2, radial
         miss = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
         x, lse_x = (z, lse) if settings.world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
-        dz = kernels.gradient(x, z, tau, lse_x, g, lse, every_g, miss + miss.roll(n), own, pos, precision)
+        pull = miss + miss.roll(n)
+        dz, slopes = kernels.gradient(x, z, tau, lse_x, g, lse, every_g, pull, own, pos, precision, slope)
         (dx1, dx2), radial = kernels.project(dz, x, [x1, x2], factor / tau, eps)
-        return dx1, dx2, radial
+        return dx1, dx2, radial if slopes is None else slopes * (factor / tau)
 
 
 @_backward.register_fake
@@ -184,7 +185,7 @@ def _differentiate(ctx, grad, *_):
     if grad is None:
         return (None,) * 6
     saved = ctx.saved_tensors  # once: checkpointing gives them out no more often
-    dx1, dx2, radial = _backward(grad.contiguous(), *saved, *ctx.settings)
+    dx1, dx2, radial = _backward(grad.contiguous(), *saved, ctx.needs_input_grad[2], *ctx.settings)
     dtau = radial.sum() / (-2 * saved[2]) if ctx.needs_input_grad[2] else None
     return dx1, dx2, dtau, None, None, None
 
