@@ -87,7 +87,7 @@ class Settings(NamedTuple):
     precision: str
     grad_average: bool
     eps: float
-    differentiate: bool = False  # a gradient will be asked for
+    rows_alone: bool = False  # their gradient will be asked for, that of the temperature will not
     group: str = ""  # name of the process group; "" where there are no other ranks
     rank: int = 0
     world: int = 1
@@ -96,13 +96,13 @@ class Settings(NamedTuple):
     def packed(self) -> tuple[str, list[int], float]:
         """As few arguments: PyTorch goes through all of an op's arguments, slowly, at every call."""
         words = f"{self.reduction} {self.backend} {self.precision} {self.group}"
-        return words, [int(self.grad_average), int(self.differentiate), self.rank, self.world, *self.counts], self.eps
+        return words, [int(self.grad_average), int(self.rows_alone), self.rank, self.world, *self.counts], self.eps
 
     @classmethod
     def unpacked(cls, words: str, numbers: list[int], eps: float) -> Settings:
         reduction, backend, precision, group = words.split(" ", 3)
-        average, differentiate, rank, world, *counts = numbers
-        flags = bool(average), eps, bool(differentiate)
+        average, rows_alone, rank, world, *counts = numbers
+        flags = bool(average), eps, bool(rows_alone)
         return cls(reduction, backend, precision, *flags, group, rank, world, tuple(counts))
 
     def kernels(self, xs: list[Tensor]) -> tuple[ModuleType, str]:

@@ -102,11 +102,13 @@ def statistics(
 def gradient(
     x: Tensor, y: Tensor, tau: Tensor, lse_x: Tensor, g_x: Tensor, lse_y: Tensor, g_y: Tensor, pull: Tensor,
     own: list[int], pos: list[int], precision: str, slope: bool = False,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """tau dL/dx, [1, rows, D], exact enough to take the slopes from; x and y may be the same object only if lse, g and
-    the rows' places are too."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """tau dL/dx, [1, rows, D], and if wanted slopes: over all rows of all ranks they add up to <x, tau dL/dx>.
+
+    x and y may be the same object only if lse, g and the rows' places are too.
+    """
     shifted, triangle = _ways(x, y, tau)
-    dx, other = torch.zeros_like(x), None
+    dx, slopes, other = torch.zeros_like(x), x.new_zeros(len(x)), None
     if not shifted:
         weight_x = g_x * (-lse_x).exp_()
         weight_y = weight_x if x is y else g_y * (-lse_y).exp_()
@@ -115,6 +117,7 @@ def gradient(
         if other is None:
             other = torch.empty_like(w)  # no later tile is larger
         term = other.view(-1)[: w.numel()].view_as(w)
+        s = w - 1 / tau if slope else w
         for diagonal in tile.own:
             w.diagonal(diagonal).fill_(-math.inf)
         if shifted:
@@ -129,7 +132,9 @@ def gradient(
             _keep_above_diagonal(tile)
             dx[columns].addmm_(w.T, x[rows])
         dx[rows].addmm_(w, y[columns])
-    return dx[None], None
+        if slope:  # no row needs its own: what a tile adds to its columns is counted with its rows
+            slopes[rows] += torch.linalg.vecdot(w, s) * (2 * tau if triangle else tau)
+    return dx[None], slopes if slope else None
 
 
 def at_once(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -88,8 +88,8 @@ def nt_xent(
         settings = settings._replace(backend="native", precision="auto")
     else:
         backends.refuse_transforms("nt_xent", z1, z2, tau)
-        wanted = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad or tau.requires_grad)
-        loss, _, z, *_ = _forward(z1, z2, tau, *settings._replace(differentiate=wanted).packed())
+        rows_alone = torch.is_grad_enabled() and (z1.requires_grad or z2.requires_grad) and not tau.requires_grad
+        loss, _, z, *_ = _forward(z1, z2, tau, *settings._replace(rows_alone=rows_alone).packed())
     loss = 2 * loss if scale == "simclr_tf" else loss
     if not return_stats:
         return loss
@@ -116,7 +116,7 @@ def _places(n: int, settings: Settings) -> tuple[list[int], list[int]]:
 def _ahead(kernels: ModuleType, n: int, settings: Settings) -> bool:
     """Whether the gradient is made in the forward pass: the native backend does that with small matrices."""
     uniform = settings.reduction != "none" and settings.world == 1
-    return settings.differentiate and uniform and hasattr(kernels, "at_once") and 2 * n <= kernels.SMALL
+    return settings.rows_alone and uniform and hasattr(kernels, "at_once") and 2 * n <= kernels.SMALL
 
 
 @torch.library.custom_op("simclr_fast::nt_xent", mutates_args=())
