@@ -6,8 +6,10 @@
     dx_i     = 1/tau sum_j (g_x[i] exp(S[i, j] - lse_x[i]) + g_y[j] exp(S[i, j] - lse_y[j])) y_j    j != own(i), pos(i)
                           - pull[i] y_j                                                             j == pos(i)
 
-    slope[i] = sum_j (weight of y_j in tau dx_i) (<x_i, y_j> - 1)    whose sum, over -tau^2, is dL/dtau: in fp32, where
-                                            <x_i, dx_i> would carry the rounding of weights that cancel each other
+    slope[i] = sum_j (what y_j is multiplied by in tau dx_i) (<x_i, y_j> - 1)
+
+The slopes add up to sum_i <x_i, tau dx_i>, of which dL/dtau is -1/tau^2, or half that if x = y; they are summed in
+fp32, while dx carries the rounding of weights that cancel each other.
 
 NT-Xent takes x = y = z, both views, and own(i) = i. InfoNCE takes queries and keys, or keys and queries for the
 gradient of the keys, and excludes nothing. One program owns BLOCK_I rows of x and walks the columns: no atomics,
@@ -172,9 +174,10 @@ def _pulls(
             y = load(y_ptr, j, j < C, width, 0, BLOCK_D, not plain)
             lse_y, g_y = _lse_and_g(lse_y_ptr, g_y_ptr, j, j < C)
             s = dot(x, tl.trans(y), tl.zeros([BLOCK_I, BLOCK_J], tl.float32), PRECISION) * scale
+            if not plain:
+                s = tl.where((j[None, :] == own[:, None]) | (j[None, :] >= C), NOTHING, s)
             w = _weights(s, lse_x, g_x, lse_y, g_y, SHIFTED)
             if not plain:
-                w = tl.where((j[None, :] == own[:, None]) | (j[None, :] >= C), 0.0, w)
                 w = tl.where(j[None, :] == pos[:, None], -pull[:, None], w)
             if SLOPE:
                 slope += tl.sum(w * (s - scale), 1)
@@ -233,16 +236,16 @@ def weights_kernel(
     row = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
     s = scale * scores(x_ptr, 0, row, row < R, y_ptr, 0, j, C, width, BLOCK_I, BLOCK_J, BLOCK_D, True, True, PRECISION)
+    s = tl.where((j[None, :] == (own + row)[:, None]) | (j[None, :] >= C), NOTHING, s)
     lse_x, g_x = _lse_and_g(lse_x_ptr, g_x_ptr, row, row < R)
     lse_y, g_y = _lse_and_g(lse_y_ptr, g_y_ptr, j, j < C)
     pull = tl.load(pull_ptr + row, mask=row < R, other=0.0) * FP16_SCALE
     w = _weights(s, lse_x, g_x, lse_y, g_y, True)
-    w = tl.where((j[None, :] == (own + row)[:, None]) | (j[None, :] >= C), 0.0, w)
     w = tl.where(j[None, :] == (pos + row)[:, None], -pull[:, None], w)
     out = row.to(tl.int64)[:, None] * stride + j[None, :]
     tl.store(w_ptr + out, w.to(w_ptr.dtype.element_ty), mask=(row < R)[:, None] & (j < C)[None, :])
     if SLOPE:
-        slope = tl.sum(w * (s / scale - 1.0), 1) / FP16_SCALE
+        slope = tl.sum(w * (s - scale), 1) / (scale * FP16_SCALE)
         tl.store(slope_ptr + row * tl.num_programs(1) + tl.program_id(1), slope, mask=row < R)
 
 
