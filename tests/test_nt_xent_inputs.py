@@ -132,7 +132,8 @@ def test_any_layout(backend, layout, dtype):
     base = rows(30, 18, dtype=dtype).to(DEVICE[backend]).requires_grad_()
     z1, z2 = layout(base)
     wanted = run(*(z.detach().cpu().contiguous() for z in (z1, z2)), 0.2, backend)
-    loss = nt_xent(z1, z2, 0.2, backend=backend)
+    tau = torch.tensor(0.2, device=base.device, requires_grad=True)  # as in `run`: fixed, it is another path
+    loss = nt_xent(z1, z2, tau, backend=backend)
     assert torch.equal(loss.detach().cpu(), wanted[0])
     (got,) = torch.autograd.grad(loss, base)
     (expected,) = torch.autograd.grad(layout(base), base, [grad.to(base.device) for grad in wanted[1:3]])
