@@ -137,26 +137,37 @@ def gradient(
     return dx[None], slopes if slope else None
 
 
-def at_once(z: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and log-sum-exp of each row of z, both views, and tau dL/dz for the sum of the losses, [rows, D].
+def at_once(xs: list[Tensor], tau: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each row of both views, unit rows, their log-sum-exp, and tau dL/dx for the sum of the losses.
 
-    For a matrix of one tile: made once instead of twice, its share of a step is what the calls of PyTorch cost.
+    For a matrix of one tile, which is made once instead of twice: its share of a step is what calls of PyTorch cost.
     """
-    n = len(z) // 2
+    ((_, x),) = _parts(xs, tau.dtype)
+    n, divisor = len(xs[0]), _plain_divisor(x, eps)
+    if divisor is None:
+        z, divisor, active = unit_rows(x, eps)
+    else:
+        z, active = x / divisor, divisor > eps
     s = (z / tau) @ z.T
-    match = torch.linalg.vecdot(z[:n], z[n:]).div_(tau).repeat(2)
-    pairs = s.diagonal(n), s.diagonal(-n)
-    for diagonal in (s.diagonal(), *pairs):
-        diagonal.fill_(-math.inf)
-    rest = s.logsumexp(1)
+    match = s.diagonal(n).repeat(2)
+    for diagonal in (0, n, -n):
+        s.diagonal(diagonal).fill_(-math.inf)
+    shifted = bool(tau < UNSHIFTED_TAU[z.dtype])
+    rest = s.logsumexp(1) if shifted else s.exp_().sum(1).log_()
     loss = torch.logaddexp(rest - match, rest.new_zeros(()))
-    lse = match + loss
-    p = s.sub_(lse[:, None]).exp_()
-    w = p + p.T
-    miss = torch.expm1(-loss)  # P[i, pos(i)] - 1, exact where P is next to 1
-    for diagonal in (w.diagonal(n), w.diagonal(-n)):
-        torch.add(miss[:n], miss[n:], out=diagonal)
-    return loss, lse, w @ z
+    lse = match.add_(loss)
+    if shifted:
+        p = s.sub_(lse[:, None]).exp_()
+        w = p + p.T
+    else:
+        weight = (-lse).exp_()
+        w = s.mul_(weight[:, None] + weight)
+    pull = torch.expm1(-loss)  # P[i, pos(i)] - 1, exact where P is next to 1
+    for pairs in (w.diagonal(n), w.diagonal(-n)):
+        torch.add(pull[:n], pull[n:], out=pairs)
+    dx = w @ z
+    along = torch.linalg.vecdot(z, dx)[:, None]
+    return loss, z, lse, dx.addcmul_(z, along * active, value=-1).div_(divisor)
 
 
 def project(dx: Tensor, u: Tensor, xs: list[Tensor], factor: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:

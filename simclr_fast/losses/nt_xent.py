@@ -123,14 +123,14 @@ def _ahead(kernels: ModuleType, n: int, settings: Settings) -> bool:
 def _forward(
     x1: Tensor, x2: Tensor, tau: Tensor, words: str, numbers: list[int], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, the losses of the rank's 2n anchors; z and row log-sum-exp of all ranks; tau dz if it is made `_ahead`."""
+    """Loss, the losses of the rank's 2n anchors; z and row log-sum-exp of all ranks; tau dx if it is made `_ahead`."""
     settings = Settings.unpacked(words, numbers, eps)
     kernels, precision = settings.kernels([x1, x2])
     with torch.autocast(x1.device.type, enabled=False):
-        own = kernels.operand([x1, x2], tau.dtype, precision, eps)
         if _ahead(kernels, len(x1), settings):
-            rows, lse, dz = kernels.at_once(own, tau)
-            return settings.reduced(rows, len(own)), rows, own, lse, dz
+            rows, z, lse, dx = kernels.at_once([x1, x2], tau, eps)
+            return settings.reduced(rows, len(z)), rows, z, lse, dx
+        own = kernels.operand([x1, x2], tau.dtype, precision, eps)
         z = settings.gather(own, views=2)
         rows, lse = kernels.statistics(own, z, tau, *_places(len(x1), settings), precision)
         return settings.reduced(rows, len(z)), rows, z, settings.gather(lse, views=2), tau.new_empty(0, own.shape[1])
@@ -143,13 +143,13 @@ def _(x1, x2, tau, words, numbers, eps):
     n = x1.shape[0]  # not len(): that would fix N while compiling
     width, dtype = kernels.layout(x1.shape[1], tau.dtype, precision)
     loss, rows = tau.new_empty(2 * n if settings.reduction == "none" else ()), tau.new_empty(2 * n)
-    total, dz = 2 * settings.total(n), tau.new_empty(2 * n if _ahead(kernels, n, settings) else 0, width)
-    return loss, rows, tau.new_empty(total, width, dtype=dtype), tau.new_empty(total), dz
+    total, dx = 2 * settings.total(n), tau.new_empty(2 * n if _ahead(kernels, n, settings) else 0, width)
+    return loss, rows, tau.new_empty(total, width, dtype=dtype), tau.new_empty(total), dx
 
 
 @torch.library.custom_op("simclr_fast::nt_xent_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor, dz: Tensor,
+    grad: Tensor, x1: Tensor, x2: Tensor, tau: Tensor, rows: Tensor, z: Tensor, lse: Tensor, dx: Tensor,
     slope: bool, words: str, numbers: list[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d/dx1, d/dx2, and <z, dz> of the rank's anchors, or with `slope` what has the same sum over all ranks."""
@@ -159,8 +159,8 @@ def _backward(
     with torch.autocast(x1.device.type, enabled=False):
         g, every_g, factor = settings.upstream(grad, rows, len(z), views=2)
         if _ahead(kernels, n, settings):
-            (dx1, dx2), radial = kernels.project(dz[None].clone(), z, [x1, x2], factor / tau, eps)
-            return dx1, dx2, radial
+            dx1, dx2 = (part * (factor / tau) for part in dx.chunk(2))
+            return dx1.to(x1.dtype), dx2.to(x2.dtype), torch.zeros_like(rows)
         miss = -g * torch.expm1(-rows)  # g_i (1 - P[i, pos(i)]), exact where P is next to 1
         x, lse_x = (z, lse) if settings.world == 1 else (t[own[0] : own[0] + 2 * n] for t in (z, lse))
         pull = miss + miss.roll(n)
