@@ -35,7 +35,8 @@ POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp
 
 def kernels(precision: str, arch: int):
     """Kernel, its launch, its constants and options, for all that the launcher can start in a precision."""
-    for key in nt_xent.BLOCK_D:
+    low = SHARED[arch] < nt_xent.SHARED  # differs from sm_80 in these entries alone
+    for key in [key for key in nt_xent.BLOCK_D if not low or (key, precision) in nt_xent.LOW_SHARED]:
         wide, (first, second) = key == nt_xent.WIDE, nt_xent.launches(key, precision, SHARED[arch])
         last = contrast.weights_kernel if wide else contrast.gradient_kernel
         for kernel, launch, flags in (
@@ -46,6 +47,8 @@ def kernels(precision: str, arch: int):
         ):
             constants = nt_xent.constants(launch, key, precision) | flags
             yield kernel, key, launch, constants, nt_xent.options(launch, arch)
+    if low:
+        return
     for D in (64, 128, 256, 1024):
         for kernel in (unit_rows.normalise_kernel, unit_rows.project_kernel):
             yield kernel, D, None, unit_rows.block_sizes(D), {}
