@@ -11,12 +11,13 @@ from simclr_fast.losses import blocked, info_nce, nt_xent
 
 # The Triton kernels run on the GPU if there is one, else in Triton's interpreter.
 INTERPRETED = not torch.cuda.is_available()
-DEVICE = {"triton": "cpu" if INTERPRETED else "cuda", "native": "cpu", "tiles": "cpu", "reference": "cpu"}
+DEVICE = dict.fromkeys(("reference", "native", "fixed", "tiles"), "cpu") | {"triton": "cpu" if INTERPRETED else "cuda"}
 EVERY = pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 OURS = pytest.mark.parametrize("backend", ["native", "triton"])
-# For `run` and `run_info_nce`: "tiles" is the native backend with tiles so small that a few rows make several.
-EVERY_WAY = pytest.mark.parametrize("backend", ["reference", "native", "tiles", "triton"])
-OUR_WAYS = pytest.mark.parametrize("backend", ["native", "tiles", "triton"])
+# For `run` and `run_info_nce`: "fixed" is the native backend with a temperature that wants no gradient, "tiles" is
+# it with tiles so small that a few rows make several.
+EVERY_WAY = pytest.mark.parametrize("backend", ["reference", "native", "fixed", "tiles", "triton"])
+OUR_WAYS = pytest.mark.parametrize("backend", ["native", "fixed", "tiles", "triton"])
 F64 = torch.float64
 # Beyond twice the error of PyTorch in the same dtype. The interpreter multiplies tf32 in float32, and cuts bf16 off
 # where a GPU rounds it.
@@ -73,31 +74,41 @@ def backend_of(way):
         sizes = {"SMALL": 0, "ROWS": 4, "COLUMNS": 8, "CHUNK": 5} if way == "tiles" else {}
         for name, size in sizes.items():
             patch.setattr(blocked, name, size)
-        yield "native" if way == "tiles" else way
+        yield "native" if way in ("tiles", "fixed") else way
 
 
 def scalar(tau):
     return torch.as_tensor(tau, dtype=F64)
 
 
+def through(loss_of, tensors, tau, way, upstream, options):
+    """The loss and its gradients to the first two tensors, to tau, and to the other tensors."""
+    with backend_of(way) as backend:
+
+        def loss(a, b, t, *more):
+            return loss_of(a, b, t, *more, backend=backend, **options)
+
+        inputs = (*tensors[:2], scalar(tau), *tensors[2:])
+        results = differentiate(loss, inputs, upstream, DEVICE[way])
+        if way != "fixed":
+            return results
+        alone = differentiate(lambda a, b, *more: loss(a, b, scalar(tau), *more), tensors, upstream)
+        return [*alone[:3], results[3], *alone[3:]]
+
+
 def run(z1, z2, tau, backend, upstream=1.0, **options):
     """nt_xent and its gradients to z1, z2 and tau."""
-
-    with backend_of(backend) as name:
-        inputs = (z1, z2, scalar(tau))
-        return differentiate(lambda *x: nt_xent(*x, backend=name, **options), inputs, upstream, DEVICE[backend])
+    return through(nt_xent, (z1, z2), tau, backend, upstream, options)
 
 
 def run_info_nce(query, key, tau, backend, negatives=None, upstream=1.0, **options):
     """info_nce and its gradients to query, key, tau and, where there are some, negatives."""
 
-    inputs = (query, key, scalar(tau)) + (() if negatives is None else (negatives,))
-    with backend_of(backend) as name:
+    def loss(q, k, t, extra=None, **settings):
+        return info_nce(q, k, t, negatives=extra, **settings)
 
-        def loss(q, k, t, extra=None):
-            return info_nce(q, k, t, negatives=extra, backend=name, **options)
-
-        return differentiate(loss, inputs, upstream, DEVICE[backend])
+    tensors = (query, key) if negatives is None else (query, key, negatives)
+    return through(loss, tensors, tau, backend, upstream, options)
 
 
 def similarities(a, b, tau, dtype):

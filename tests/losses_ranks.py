@@ -35,6 +35,7 @@ LOSSES = {
     "info_nce symmetric sum": (info_nce, {"symmetric": True, "reduction": "sum"}),
     "info_nce symmetric none": (info_nce, {"symmetric": True, "reduction": "none"}),
 }
+LEAF_WORLD, LEAF_LOSSES = 3, ("nt_xent", "nt_xent none", "info_nce symmetric negatives")  # kernels are interpreted
 LEAVES = [  # backend, dtype, precision
     ("native", torch.bfloat16, "auto"),
     ("native", torch.float32, "auto"),
@@ -168,7 +169,7 @@ def in_group(rank, group):
                 loss(*z, 0.3, group=group, uneven=uneven, return_stats=most)
 
     z = own(embeddings(even), even, rank)
-    for name in ("nt_xent", "nt_xent none", "info_nce symmetric negatives"):
+    for name in LEAF_LOSSES if world == LEAF_WORLD else ():
         for backend, dtype, precision in LEAVES:
             leaves = [x.to(dtype).requires_grad_() for x in (*z, queue(rank))] + [torch.tensor(0.3, requires_grad=True)]
             options = {"backend": backend, "precision": precision, "group": group, "grad_average": False}

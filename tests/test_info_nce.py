@@ -72,7 +72,7 @@ def test_any_width(backend, mode, d):
 @pytest.mark.parametrize(
     ("precision", "n", "m"),
     few(
-        [("fp32", 1, 1), ("fp32", 2, 65), ("fp32", 33, 31), ("fp32", 64, 1), ("fp16", 2, 63), ("fp16", 65, 62)],
+        [("fp32", 1, 1), ("fp32", 33, 31), ("fp32", 64, 1), ("fp16", 65, 63)],
         [(p, n, m) for p in ROOM for n in (1, 2, 63, 64, 65, 127, 129) for m in (1, 31, 32, 127, 128, 2000)],
     ),
 )

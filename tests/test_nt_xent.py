@@ -67,7 +67,7 @@ def test_reduction_and_scale(backend, reduction, scale):
     check(run(z1, z2, 0.2, backend, **options), exact, 2e-6)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "fixed", "tiles", "reference"])
 def test_symmetries(backend):
     z1, z2 = pairs(12, 7, dtype=F64)
     loss, g1, g2, g_tau = run(z1, z2, 0.3, backend)
@@ -84,7 +84,7 @@ def test_symmetries(backend):
     check(run(z1 * sizes, z2, 0.3, backend), [loss, g1 / sizes, g2, g_tau], 1e-13)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "fixed", "tiles", "reference"])
 def test_gradient_is_tangent_and_tells_that_of_the_temperature(backend):
     z1, z2 = (F.normalize(z) for z in pairs(12, 7, dtype=F64))
     _, g1, g2, g_tau = run(z1, z2, 0.3, backend)

@@ -71,12 +71,17 @@ def test_temperatures(tau, precision):
     close_to_truth(1500, 128, tau, precision)
 
 
-@pytest.mark.parametrize(("width", "precision"), kernels.LAUNCH)
-def test_every_launch_at_full_size(width, precision):
+@pytest.mark.parametrize(
+    ("width", "precision", "shared"),
+    [(*key, 1 << 18) for key in kernels.LAUNCH] + [(*key, 1 << 16) for key in kernels.LOW_SHARED],
+)
+def test_every_launch_at_full_size(monkeypatch, width, precision, shared):
+    chip = kernels._chip(torch.device("cuda", torch.cuda.current_device()))
+    monkeypatch.setattr(kernels, "_chip", lambda device: chip._replace(shared=shared))
     close_to_truth(2051, width - 1, 0.1, precision)
 
 
-@pytest.mark.parametrize(("n", "m", "d"), [(4096, 65536, 128), (1, 1000, 64), (777, 1, 256), (1025, 3001, 1000)])
+@pytest.mark.parametrize(("n", "m", "d"), [(1000, 20000, 128), (1, 1000, 64), (777, 1, 256), (1025, 3001, 1000)])
 @pytest.mark.parametrize("mode", [{}, {"symmetric": True}, {"in_batch": False}])
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
 def test_info_nce(n, m, d, mode, precision):

@@ -23,6 +23,8 @@ from tests.losses_common import (
     truth,
 )
 
+# Of NumPy, which interprets the kernels: NaN, and what a row's similarity to itself, left out afterwards, may be.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TAUS = [0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.5, 1.0, 10.0]
 
 
@@ -62,6 +64,7 @@ VALUES = {
     "small": sized(*[1e-10] * 9),
     "large": sized(*[1e20] * 9),
     "of all sizes": sized(1e-11, 1e-8, 1e-5, 1e-2, 1, 1e3, 1e8, 1e15, 1e20),
+    "a little smaller than eps": sized(1e-13, 1e-14, 2e-13, 1e-12, 1e-11, 1, 1, 1e-13, 1e3),
     "smaller than eps": sized(1e-20, 1e-18, 1e-16, 1e-14, 1e-13, 1e-12, 1, 1e-20, 1),
     "elements of all sizes": (rows(9, 12) * torch.logspace(-15, 18, 12), Z2),
     "trained": trained(20, 32, 0.9),
@@ -92,9 +95,16 @@ def test_all_rows_alike_tell_nothing(backend):
 
 
 @EVERY
-@pytest.mark.parametrize("eps", [1e-37, 1e-6, 10.0])
-def test_eps_is_the_floor_of_the_norm(backend, eps):
-    sizes = torch.tensor([1e-8, 1e-7, 3e-6, 1e-5, 1, 30, 1e-20, 1e-30, 1e4])[:, None]
+@pytest.mark.parametrize(
+    ("eps", "sizes"),
+    [
+        *((eps, (1e-8, 1e-7, 3e-6, 1e-5, 1, 30, 1e-20, 1e-30, 1e4)) for eps in (1e-37, 1e-6, 10.0)),
+        (1e-37, (1e-21,) * 9),
+        (1e-3, (1e-4, 2e-3, 1, 1, 1, 1, 1, 1, 1)),
+    ],
+)
+def test_eps_is_the_floor_of_the_norm(backend, eps, sizes):
+    sizes = torch.tensor(sizes)[:, None]
     z1, z2 = F.normalize(Z1) * sizes, Z2
     exact = differentiate(
         lambda a, b, t: nt_xent(F.normalize(a, eps=eps), F.normalize(b, eps=eps), t, backend="reference", eps=11.0),
@@ -118,7 +128,6 @@ def test_float16_rows_beyond_its_range(backend):
     check(got, exact, 2e-3)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets the kernels
 @EVERY_WAY
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_stay_seen(backend, bad):
