@@ -23,7 +23,7 @@ from tests.losses_common import (
     run_info_nce,
     trained,
     truth_info_nce,
-)  # fmt: skip
+)
 
 MODES = {
     "in batch": {},

@@ -7,9 +7,21 @@ import torch.nn.functional as F
 from simclr_fast.losses import info_nce, nt_xent
 from tests.losses_common import F64, check
 from tests.losses_ranks import (
-    COUNTS, GROUPS, LEAF_LOSSES, LEAF_WORLD, LEAVES, LOSSES, Model, batch, embeddings, expected, found, of_group,
-    parameters, queue,
-)  # fmt: skip
+    COUNTS,
+    GROUPS,
+    LEAF_LOSSES,
+    LEAF_WORLD,
+    LEAVES,
+    LOSSES,
+    Model,
+    batch,
+    embeddings,
+    expected,
+    found,
+    of_group,
+    parameters,
+    queue,
+)
 
 WORLDS = pytest.mark.parametrize("world", GROUPS)
 
