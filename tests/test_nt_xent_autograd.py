@@ -175,7 +175,7 @@ def transforms(z1, z2, backend):
     yield lambda: torch.func.hessian(loss)(z1, z2)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # of PyTorch's forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of PyTorch's forward mode
 @OURS
 @pytest.mark.parametrize("kind", range(4))
 def test_transforms_are_refused_with_advice(backend, kind):
@@ -187,7 +187,7 @@ def test_transforms_are_refused_with_advice(backend, kind):
         transform()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_transforms_of_the_reference():
     z1, z2, _ = inputs("reference")
     grad, batch, (value, tangent), hessian = (transform() for transform in transforms(z1, z2, "reference"))

@@ -23,7 +23,7 @@ CHOICES = {
     "precision": ("auto", "fp32", "tf32", "fp16", "bf16"),
 }
 SCALES = ("paper", "simclr_tf")
-EPS_MIN = 1.2e-38  # smaller ones are none in float32
+EPS_MIN = 1.2e-38
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -51,7 +51,7 @@ def check(inputs: dict[str, Tensor], temperature: float | Tensor, eps: float, gr
     require(
         (all(D == widths[0] for D in widths), f"{names} must be [N, D] of one D", widths),
         (all(x.device == device for x in tensors), f"{names} must be on one device", devices),
-        (_number(eps) and EPS_MIN <= eps < math.inf, f"eps must be a finite number >= {EPS_MIN}", eps),
+        (_number(eps) and EPS_MIN <= eps < math.inf, "eps must be a finite number >= 1.2e-38, float32's smallest", eps),
         *((x in CHOICES[name], f"{name} must be one of {CHOICES[name]}", x) for name, x in chosen.items()),
         (HAS_TRITON or backend != "triton", "backend must not be 'triton' where Triton is not installed", backend),
         (not wide or backend != "triton", f"{names} must not be float64 for backend='triton'", torch.float64),
