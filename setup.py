@@ -143,7 +143,8 @@ setup(
     ],
     extras_require={
         "dev": ["pytest==9.2.0", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"],
-        "peers": ["lightly>=1.5.20", "pytorch-metric-learning>=2.8"],  # losses that tests and bench/ compare with
+        # Losses that tests and bench/ compare with.
+        "peers": ["lightly>=1.5.20", "pytorch-metric-learning>=2.8", "open_clip_torch>=3"],
         "bench": ["matplotlib>=3.9"],
     },
 )

@@ -112,7 +112,7 @@ def test_launches_that_are_tuned(bench):
 
 
 def test_picture(bench, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs the extra bench")
     from _loss_report import apart, picture
 
     assert apart([0.5, 0.5, 1.0], 0.1) == pytest.approx([0.5, 0.6, 1.0])
