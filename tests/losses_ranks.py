@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr_fast.losses import info_nce, nt_xent
+from simclr_fast.losses import NTXentLoss, info_nce, nt_xent
 from tests.losses_common import F64, rows
 
 D_IN, D, PROCESSES = 5, 4, 4
@@ -196,6 +196,15 @@ def refused(rank, group):
     return nt_xent(z1, z2, 0.3, group=group), info_nce(z1, z2, 0.3, group=group)
 
 
+def of_module(rank):
+    """NTXentLoss over all processes: without a bank, and with one that holds the keys of all after a step."""
+    counts = COUNTS[False][PROCESSES]
+    z1, z2 = own(embeddings(counts), counts, rank)
+    with_bank = NTXentLoss(0.3, (sum(counts), D), gather_distributed=True)
+    with_bank(z1.float().requires_grad_(), z2.float())
+    return NTXentLoss(0.3, gather_distributed=True)(z1, z2), with_bank(z1.float(), z2.float())
+
+
 def one_process(rank, folder):
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=120)
@@ -210,6 +219,7 @@ def one_process(rank, folder):
             group = groups.get(world, dist.group.WORLD)
             found[world] = in_group(dist.get_rank(group), group)
     found["refused"] = refused(rank, dist.group.WORLD)
+    found["module"] = of_module(rank)
     found["alone"] = with_ddp("nt_xent", [3], 0, alone), with_ddp("nt_xent", [3], 0, alone, uneven=True)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()

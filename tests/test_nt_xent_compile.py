@@ -89,7 +89,7 @@ def test_compiled_once_for_all_n(backend, dynamic, most):
     assert graphs() <= most
 
 
-@OURS
+@pytest.mark.parametrize("backend", few(["native"], ["native", "triton"]))
 def test_info_nce_compiled_once_for_all_sizes(backend):
     def loss(q, k, t, negatives):
         return info_nce(q, k, t, negatives=negatives, symmetric=True, backend=backend)

@@ -116,6 +116,16 @@ def test_bad_arguments_are_refused_before_the_others_are_met():
         assert [rank["refused"][k].item() for rank in found()] == pytest.approx([loss.item() for loss in losses])
 
 
+def test_module_gathers_negatives_and_keys():
+    counts = COUNTS[False][4]
+    z1, z2 = embeddings(counts)
+    in_batch, _ = expected("nt_xent", z1, z2, 0.3, counts, [])
+    beside_bank, _ = expected("info_nce negatives alone", z1, z2, 0.3, counts, [z2] * 4)
+    for k, (losses, room) in enumerate(((in_batch, 1e-12), (beside_bank, 1e-6))):
+        wanted = [loss.item() for loss in losses]
+        assert [rank["module"][k].item() for rank in found()] == pytest.approx(wanted, rel=room)
+
+
 def test_a_group_of_one_is_one_process():
     losses, gradients = of_one_process("nt_xent", [3])
     for rank in found():

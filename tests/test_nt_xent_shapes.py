@@ -33,7 +33,8 @@ def test_any_width(backend, d):
 @pytest.mark.parametrize("d", few([1, 64, 65, 256, 257, 384, 1000], WIDTHS))
 @pytest.mark.parametrize("precision", few(["fp32"], ROOM))
 def test_any_width_in_tiles(d, precision):
-    close_to_truth(*pairs(5, d), 0.2, "triton", precision)
+    n = 40 if d == 257 else 5  # wide rows in several tiles once
+    close_to_truth(*pairs(n, d), 0.2, "triton", precision)
 
 
 @pytest.mark.parametrize(
