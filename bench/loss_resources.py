@@ -15,6 +15,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -78,27 +80,33 @@ def resources(kernel, operand: str, constants: dict, options: dict, arch: int) -
     }  # fmt: skip
 
 
+def compiled(job: tuple[int, str]) -> list[dict]:
+    """A line of the results for each kernel of a chip and precision."""
+    (arch, precision), lines = job, []
+    for kernel, key, launch, constants, options in kernels(precision, arch):
+        usage = resources(kernel, POINTERS[nt_xent.DTYPES[precision]], constants, options, arch)
+        line = {"arch": f"sm_{arch}", "kernel": kernel.__name__, "width": key, "precision": precision}
+        lines.append(line | {"launch": launch and launch._asdict(), "slope": bool(constants.get("SLOPE")), **usage})
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED), default=list(SHARED))
     parser.add_argument("--precision", nargs="+", choices=list(nt_xent.DTYPES), default=list(nt_xent.DTYPES))
     parser.add_argument("--json", type=Path, help="append the lines to FILE")
     args = parser.parse_args()
-    for arch in args.arch:
-        for precision in args.precision:
-            for kernel, key, launch, constants, options in kernels(precision, arch):
-                usage = resources(kernel, POINTERS[nt_xent.DTYPES[precision]], constants, options, arch)
-                line = {"arch": f"sm_{arch}", "kernel": kernel.__name__, "width": key, "precision": precision}
-                line |= {"launch": launch and launch._asdict(), "slope": bool(constants.get("SLOPE")), **usage}
-                if args.json:
-                    with open(args.json, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
-                else:
-                    append("loss_resources", line)
-                shape = " ".join(f"{value:4d}" for value in launch) if launch else " " * 24
-                name = f"sm_{arch:<3d} {kernel.__name__:18s} {key:5d} {precision}  {shape} "
-                used = f"{usage['registers']:3d} registers {usage['stack']:4d} stack {usage['shared']:7d} shared "
-                print(name, used, *usage["instructions"], flush=True)
+    with ProcessPoolExecutor() as pool:
+        for line in chain.from_iterable(pool.map(compiled, product(args.arch, args.precision))):
+            if args.json:
+                with open(args.json, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            else:
+                append("loss_resources", line)
+            shape = " ".join(f"{value:4d}" for value in line["launch"].values()) if line["launch"] else " " * 24
+            name = f"{line['arch']:6s} {line['kernel']:18s} {line['width']:5d} {line['precision']}  {shape} "
+            used = f"{line['registers']:3d} registers {line['stack']:4d} stack {line['shared']:7d} shared "
+            print(name, used, *line["instructions"], flush=True)
 
 
 if __name__ == "__main__":

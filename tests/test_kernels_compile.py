@@ -27,7 +27,7 @@ MATRIX = {"statistics_kernel", "spread_kernel", "gradient_kernel", "weights_kern
 def check(arch: int, usage: dict) -> None:
     shared, instructions = CHIPS[arch]
     assert usage["stack"] == usage["local"] == 0, usage
-    assert 0 < usage["shared"] <= shared, usage
+    assert 0 <= usage["shared"] <= shared, usage
     assert 0 < usage["registers"] <= 255, usage
     expected = usage["kernel"] in MATRIX and usage["precision"] != "fp32"
     assert bool(instructions & set(usage["instructions"])) == expected, usage
@@ -38,22 +38,15 @@ def check(arch: int, usage: dict) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[int, list[dict]]:
-    """What bench/loss_resources.py finds for each chip, side by side."""
+    """What bench/loss_resources.py finds for each chip."""
     folder = tmp_path_factory.mktemp("compiled")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache")}
-    script = [sys.executable, ROOT / "bench" / "loss_resources.py"]
-    running = {
-        arch: subprocess.Popen(
-            [*script, "--arch", str(arch), "--json", folder / f"{arch}.jsonl"],
-            env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for arch in CHIPS
-    }  # fmt: skip
-    for process in running.values():
-        _, error = process.communicate()
-        assert process.returncode == 0, error
-    return {arch: [json.loads(line) for line in (folder / f"{arch}.jsonl").open()] for arch in CHIPS}
+    script = [sys.executable, ROOT / "bench" / "loss_resources.py", "--json", folder / "lines"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (folder / "lines").read_text().splitlines()]
+    return {arch: [line for line in lines if line["arch"] == f"sm_{arch}"] for arch in CHIPS}
 
 
 @pytest.mark.slow
