@@ -39,15 +39,15 @@ _HALF = {
     WIDE: (Launch(128, 128, 8, 3), Launch(128, 64, 8, 3)),
 }
 _TF32 = {
-    64: (Launch(128, 64, 8, 3), Launch(64, 32, 8, 2)),
+    64: (Launch(64, 64, 4, 3), Launch(64, 32, 8, 2)),
     128: (Launch(128, 64, 8, 2), Launch(64, 32, 8, 2)),
     256: (Launch(64, 32, 8, 2), Launch(32, 32, 8, 2)),
-    WIDE: (Launch(64, 64, 8, 2), Launch(128, 64, 8, 2)),
+    WIDE: (Launch(128, 32, 8, 2), Launch(128, 64, 8, 2)),
 }
 _FP32 = {
     64: (Launch(32, 32, 4, 2), Launch(64, 32, 8, 2)),
-    128: (Launch(32, 16, 8, 2), Launch(32, 32, 8, 2)),
-    256: (Launch(32, 32, 8, 2), Launch(16, 32, 8, 2)),
+    128: (Launch(32, 16, 8, 2), Launch(16, 32, 8, 2)),
+    256: (Launch(32, 32, 8, 2), Launch(32, 16, 8, 2)),
     WIDE: (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
 }
 # (width, precision) -> (statistics and spread, gradient or, if WIDE, weights). None spills on sm_80, sm_90 or sm_100.
@@ -62,7 +62,6 @@ LOW_SHARED = {
     (256, "fp16"): (Launch(64, 64, 4, 2), Launch(32, 32, 4, 2)),
     (256, "bf16"): (Launch(64, 64, 4, 2), Launch(32, 32, 4, 2)),
     (256, "tf32"): (Launch(32, 32, 4, 2), Launch(16, 32, 4, 2)),
-    (256, "fp32"): (Launch(16, 32, 8, 2), Launch(16, 16, 8, 2)),
 }
 
 
