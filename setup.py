@@ -73,18 +73,19 @@ class BuildExt(build_ext):
             host = self.compile_host()
             try:
                 cuda, libraries = self.compile_cuda()
-                self.link(target, host, cuda, *libraries)
+                self.link(target, *host, cuda, *libraries)
             except Missing as missing:
                 if CUDA == "1":
                     raise SystemExit(f"simclr_fast: SIMCLR_FAST_CUDA=1, but {missing}") from missing
                 print(f"simclr_fast: the extension is built for the CPU only: {missing}")
-                self.link(target, host)
+                self.link(target, *host)
         except Missing as missing:
             print(f"simclr_fast: no extension is built, the package is pure Python: {missing}")
             self.extensions = self.distribution.ext_modules = []
 
-    def compile_host(self) -> Path:
-        return self.compile(CXX, "lars.cpp", "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall")
+    def compile_host(self) -> list[Path]:
+        flags = ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi"]
+        return [self.compile(CXX, source, *flags) for source in ("lars.cpp", "lars_cpu.cpp")]
 
     def compile_cuda(self) -> tuple[Path, list[str]]:
         codes, libraries = cuda_toolkit()
@@ -126,7 +127,7 @@ setup(
     packages=[*find_packages(include=["simclr_fast*"]), "simclr_fast.kernels"],
     package_dir={"simclr_fast.kernels": "kernels"},  # PyPI already has a package called `kernels`
     package_data={"simclr_fast": ["py.typed"]},
-    ext_modules=[Extension("simclr_fast._C", ["csrc/lars.cpp"], py_limited_api=True)],
+    ext_modules=[Extension("simclr_fast._C", ["csrc/lars.cpp", "csrc/lars_cpu.cpp"], py_limited_api=True)],
     cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     install_requires=[
@@ -142,7 +143,7 @@ setup(
         "rich>=14",
     ],
     extras_require={
-        "dev": ["pytest==9.2.0", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"],
+        "dev": ["pytest==9.2.0", "hypothesis>=6.100", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"],
         # Losses that tests and bench/ compare with.
         "peers": ["lightly>=1.5.20", "pytorch-metric-learning>=2.8", "open_clip_torch>=3"],
         "bench": ["matplotlib>=3.9"],

@@ -69,7 +69,7 @@ class Stopwatch:
         if self.cuda:
             size = torch.cuda.get_device_properties(0).L2_cache_size
         else:
-            size = max((_bytes(path.read_text()) for path in CACHES.glob("index*/size")), default=1 << 26)
+            size = max((as_bytes(path.read_text()) for path in CACHES.glob("index*/size")), default=1 << 26)
         self.other_data = torch.zeros(2 * size // 4, device=device)
 
     def lap(self, *stages: Callable[[Any], Any]) -> list[float]:
@@ -116,5 +116,6 @@ def ratio(own: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     return spread | {"p50": statistics.median(own) / statistics.median(other)}
 
 
-def _bytes(size: str) -> int:
+def as_bytes(size: str) -> int:
+    """Of a size such as 2048K."""
     return int(size.strip().rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size.strip()[-1], 0)

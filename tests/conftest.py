@@ -33,3 +33,15 @@ def shared() -> Path:
 def vectors(shared: Path) -> Path:
     """The folder of numeric test vectors."""
     return shared / "vectors"
+
+
+@pytest.fixture(params=["fused", "foreach", "reference"])
+def lars_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test with LARS's fused step and with the others in its place."""
+    from simclr_fast.optim import LARS, steps
+
+    if request.param == "fused" and not steps.extension():
+        pytest.skip("simclr_fast._C is not built: `python setup.py build_ext --inplace`")
+    if request.param != "fused":
+        monkeypatch.setattr(LARS, "_step_function", lambda self, device: getattr(steps, f"lars_{request.param}"))
+    return request.param

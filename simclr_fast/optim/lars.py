@@ -5,10 +5,9 @@ Source: You et al. 2017, arXiv:1708.03888, with the semantics of google-research
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,75 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-try:
-    import simclr_fast._C  # noqa: F401  registers simclr_fast::lars_step
-except ImportError as error:
-    _ABSENT = f"cannot be loaded ({error})"
-else:
-    _ABSENT = ""
-    torch.library.register_fake("simclr_fast::lars_step", lambda *args: None)
+from simclr_fast.optim.steps import HYPER, extension, lars_reference, step_function, workspace
 
-HYPER = tuple("lr weight_decay momentum trust_coefficient adapt nesterov classic_momentum lr_outside".split())
-"""The numbers a parameter group hands to a step, in this order."""
+__all__ = ["HYPER", "LARS", "extension", "lars_param_groups", "lars_reference"]
 
-_FUSED = {("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.float32)}
-
-
-def extension() -> str:
-    """What the compiled step was built for: "cuda" (GPU and CPU), "cpu", or "" where there is none."""
-    if _ABSENT:
-        return ""
-    cuda = torch._C._dispatch_has_kernel_for_dispatch_key("simclr_fast::lars_step", "CUDA")
-    return "cuda" if cuda else "cpu"
-
-
-def lars_reference(
-    params: list[Tensor], grads: list[Tensor], velocities: list[Tensor], groups: list[int], hyper: Tensor
-) -> None:
-    """One step in plain PyTorch, in place: the yardstick of the fused one, and what runs where that cannot.
-
-    Args:
-        params, grads, velocities: tensors w, g, v of one shape each.
-        groups: for each tensor, its row of `hyper`.
-        hyper: [groups, 8], float64 on the CPU: the values of `HYPER`.
-    """
-    rows = hyper.tolist()
-    for w, g, v, group in zip(params, grads, velocities, groups, strict=True):
-        lr, weight_decay, momentum, trust, adapt, nesterov, classic, lr_outside = rows[group]
-        d = g.to(w.dtype) + weight_decay * w
-        divisor = d if classic else _moved(v, d, 1.0, momentum, nesterov)[1]
-        ratio = _trust_ratio(w, divisor, trust) if adapt else 1.0
-        a, b = (1.0, lr * ratio) if not classic else (ratio, lr) if lr_outside else (lr * ratio, 1.0)
-        velocity, update = _moved(v, d, a, momentum, nesterov)
-        v.copy_(velocity)
-        w.sub_(b * update)
-
-
-def _moved(v: Tensor, d: Tensor, a: float | Tensor, m: float, nesterov: float) -> tuple[Tensor, Tensor]:
-    velocity = m * v + a * d
-    return velocity, m * velocity + a * d if nesterov else velocity
-
-
-def _trust_ratio(w: Tensor, x: Tensor, trust: float) -> Tensor:
-    dtype = torch.promote_types(w.dtype, torch.float32)
-    w_norm, x_norm = (torch.linalg.vector_norm(t, dtype=dtype) for t in (w, x))
-    return torch.where((w_norm > 0) & (x_norm > 0), trust * w_norm / x_norm, 1.0)
-
-
-def _step_function(device: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> Callable[..., None]:
-    if dtype != grad_dtype or (device, dtype) not in _FUSED:
-        reason = f"no fused step for {dtype} parameters with {grad_dtype} gradients on {device}"
-    elif extension() in ("cuda", device):
-        return torch.ops.simclr_fast.lars_step
-    else:
-        reason = f"simclr_fast._C {_ABSENT or 'is without CUDA'}; `pip install -e .` builds it"
-    _warn_once(f"LARS steps in plain PyTorch, more slowly: {reason}")
-    return lars_reference
-
-
-@cache
-def _warn_once(text: str) -> None:
-    warnings.warn(text, RuntimeWarning, stacklevel=6)  # the caller of LARS.step
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, *HALF)
+NUMBERS = ("lr", "weight_decay", "momentum", "trust_coefficient", "max_norm")  # >= 0
 
 
 class LARS(Optimizer):
@@ -94,25 +31,40 @@ class LARS(Optimizer):
         v = momentum * v + lr * r * g;  w = w - v
 
     A parameter group may carry its own lr, momentum, weight_decay, trust_coefficient and `adapt`; see
-    `lars_param_groups`. float32 and, on the CPU, float64 parameters are stepped by `simclr_fast._C`.
+    `lars_param_groups`. On CPUs and CUDA GPUs all tensors are stepped by one call of `simclr_fast._C`, on a GPU in
+    two launches; the host waits for nothing.
+
+    Parameters are float32, float64, or float16 and bfloat16, of which float32 masters are kept and stepped
+    (`state[p]["master"]`, made at the first step: load a model's weights before). Gradients of float32
+    parameters may be in half precision. `torch.amp.GradScaler` leaves unscaling, and skipping a step with
+    infinities, to the step itself. A step can be captured in a CUDA graph after a first one that is not, which
+    allocates what is needed; a learning rate that changes between replays must then be a tensor on the GPU.
 
     Args:
         params: parameters, or groups of them.
-        lr: learning rate, >= 0; it multiplies the gradient, so that v remembers earlier learning rates. The
-            host reads it at every step: a tensor on a GPU makes it wait.
-        momentum, weight_decay, trust_coefficient: >= 0.
+        lr: learning rate, >= 0, or a 0-dim float32 or float64 tensor of it; it multiplies the gradient, so that v
+            remembers earlier learning rates.
+        momentum, trust_coefficient: >= 0.
+        weight_decay: >= 0, or a tensor as `lr`.
         nesterov: step by momentum * v + lr * r * g.
         classic_momentum: False is the original's "popular" momentum: v = momentum * v + g; r is that of the
             step v instead of g, and w = w - lr * r * v.
         adapt: False: r = 1, plain momentum.
         lr_outside: the torch style, v = momentum * v + r * g, w = w - lr * v. The same while lr is constant;
             in a warm-up of 3,127 steps the default moves 0.53 of it at step 1, 0.91 at 100, 0.997 at the end.
-        max_norm: clip the gradients, in place, to this norm over all parameters.
+        max_norm: clip the gradients to this norm over all parameters, as `clip_grad_norm_`, but within the
+            step: the gradients themselves stay as they are.
         ema: decay of a running average of the weights, kept as `state[p]["ema"]`.
+        maximize: ascend.
 
     Raises:
-        ValueError: a negative setting, ema outside [0, 1), a sparse gradient.
+        ValueError: a negative setting, ema outside [0, 1), parameters of another dtype, a sparse gradient.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of unscaling
+
+    _step_function = staticmethod(step_function)
+    _cached: tuple[Any, list[_Batch]] = (None, [])  # what the batches were made for, and they
 
     def __init__(
         self,
@@ -120,7 +72,7 @@ class LARS(Optimizer):
         lr: float | Tensor,
         *,
         momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         trust_coefficient: float = 1e-3,
         nesterov: bool = False,
         classic_momentum: bool = True,
@@ -128,14 +80,31 @@ class LARS(Optimizer):
         lr_outside: bool = False,
         max_norm: float | None = None,
         ema: float | None = None,
+        maximize: bool = False,
     ) -> None:
-        defaults = {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
-        for name in ("lr", "momentum", "weight_decay", "trust_coefficient", "max_norm"):
-            if defaults[name] is not None and defaults[name] < 0:
-                raise ValueError(f"{name} must be >= 0, got {defaults[name]}")
-        if ema is not None and not 0 <= ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {ema}")
-        super().__init__(params, defaults)
+        super().__init__(params, {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with settings of their own; `max_norm` and `ema` are one for all."""
+        settings = self.defaults | param_group
+        for name in NUMBERS:
+            value = settings[name]
+            if isinstance(value, Tensor):
+                if name not in ("lr", "weight_decay") or value.numel() != 1 or value.dtype not in DTYPES[:2]:
+                    raise ValueError(f"{name} must be a number, or if lr or weight_decay one in a tensor, got {value}")
+                value = 0 if value.is_cuda else value.item()
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be >= 0, got {settings[name]}")
+        if settings["ema"] is not None and not 0 <= settings["ema"] < 1:
+            raise ValueError(f"ema must be in [0, 1), got {settings['ema']}")
+        for name in ("max_norm", "ema"):
+            if self.param_groups and settings[name] != self.param_groups[0][name]:
+                raise ValueError(f"{name} holds for all groups, got {settings[name]} in one of them")
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if p.dtype not in DTYPES:
+                self.param_groups.pop()
+                raise ValueError(f"LARS takes parameters of {DTYPES}, got {p.dtype} of shape {list(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -144,33 +113,133 @@ class LARS(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches: dict[tuple, list[tuple]] = defaultdict(list)
+        params, grads, rows = [], [], []
         for row, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None:
-                    batches[p.device, p.dtype, p.grad.dtype].append((p, p.grad, self._velocity(p), row))
-        params = [p for batch in batches.values() for p, *_ in batch]
-        if self.defaults["max_norm"] is not None:
-            nn.utils.clip_grad_norm_(params, self.defaults["max_norm"])
-        hyper = torch.tensor([[float(g[k]) for k in HYPER] for g in self.param_groups], dtype=torch.float64)
-        for (device, dtype, grad_dtype), batch in batches.items():
-            lists = [list(column) for column in zip(*batch, strict=True)]
-            _step_function(device.type, dtype, grad_dtype)(*lists, hyper)
-            increment_version(lists[0] + lists[2])
-        if self.defaults["ema"] is not None and params:
-            averages = [self.state[p]["ema"] for p in params]
-            torch._foreach_lerp_(averages, params, 1 - self.defaults["ema"])
+                    params.append(p)
+                    grads.append(p.grad)
+                    rows.append(row)
+        for g in grads:
+            if g.layout is not torch.strided:
+                raise ValueError(f"LARS takes dense gradients, got a sparse one of shape {list(g.shape)}")
+        max_norm, ema = (self.param_groups[0][name] for name in ("max_norm", "ema"))
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        batches = self._batches(params, rows, ema)
+        if max_norm is not None and len(batches) > 1:  # the norm is over all of them
+            scale, max_norm = _clipping_scale(grads, scale, max_norm), None
+        for batch in batches:
+            batch.step(grads, self.param_groups, ema, scale, found_inf, max_norm)
         return loss
 
-    def _velocity(self, p: Tensor) -> Tensor:
-        if p.grad is not None and p.grad.layout is not torch.strided:
-            raise ValueError(f"LARS takes dense gradients, got a sparse one of shape {list(p.shape)}")
-        state = self.state[p]
+    def _batches(self, params: list[Tensor], rows: list[int], ema: float | None) -> list[_Batch]:
+        """The parameters of one step each, by device and precision, anew when they or their states changed."""
+        key = (rows, list(map(id, params)), list(map(id, self.state.values())), ema is None)
+        if self._cached[0] != key:
+            places: dict[tuple[torch.device, bool], list[int]] = defaultdict(list)
+            for k, p in enumerate(params):
+                self._prepare(p, ema)
+                places[p.device, p.dtype == torch.float64].append(k)
+            batches = []
+            for ks in places.values():
+                members, states = [params[k] for k in ks], [self.state[params[k]] for k in ks]
+                function = self._step_function(members[0].device.type)
+                batches.append(_Batch(members, states, ks, [rows[k] for k in ks], function))
+            self._cached = ((*key[:2], list(map(id, self.state.values())), key[3]), batches)
+        return self._cached[1]
+
+    def _prepare(self, p: Tensor, ema: float | None) -> None:
+        """Give p the state that it lacks, in float32 or float64 and in p's layout."""
+        state, dtype = self.state[p], torch.float32 if p.dtype in HALF else p.dtype
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-            if self.defaults["ema"] is not None:
-                state["ema"] = p.clone()
-        return state["momentum_buffer"]
+            state["momentum_buffer"] = torch.zeros_like(p, dtype=dtype)
+        if p.dtype in HALF and "master" not in state:
+            state["master"] = p.detach().to(dtype, copy=True)
+        if ema is not None and "ema" not in state:
+            state["ema"] = p.detach().to(dtype, copy=True)
+        for name, value in state.items():
+            like = torch.empty_like(p, dtype=dtype)
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != like.stride():
+                state[name] = like.copy_(value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, from any device and any step; what is kept in float32 stays so."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        ours = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, p in zip(saved, ours, strict=True):
+            if p.dtype in HALF:  # super() has rounded its state to p's dtype
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][name] = value.to(p.device, torch.float32)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("defaults", "state", "param_groups")}
+
+
+class _Batch:
+    """Parameters that one call steps: of one device, all float64 or none. places: in the list of all."""
+
+    def __init__(
+        self, params: list[Tensor], states: list[Any], places: list[int], groups: list[int], function: Any
+    ) -> None:
+        self.params, self.states, self.places, self.groups, self.function = params, states, places, groups, function
+        self.device = params[0].device
+        self.halves = [k for k, p in enumerate(params) if p.dtype in HALF]
+        self.copies = [params[k] for k in self.halves]
+        self.workspace: tuple[Any, ...] = ()
+
+    def step(
+        self,
+        grads: list[Tensor],
+        param_groups: list[dict[str, Any]],
+        ema: float | None,
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+        max_norm: float | None,
+    ) -> None:
+        """Step once; grads: of all batches, taken by `places`."""
+        params = list(self.params)
+        for k in self.halves:
+            params[k] = self.states[k]["master"]
+        velocities = [state["momentum_buffer"] for state in self.states]
+        averages = [state["ema"] for state in self.states] if ema is not None else []
+        lrs, decays = ([self._number(group[name]) for group in param_groups] for name in ("lr", "weight_decay"))
+        hyper = [[self._value(group[name]) for name in HYPER] for group in param_groups]
+        if not self.workspace:
+            self.workspace = workspace(params, len(param_groups))
+        scale, found_inf = (
+            None if t is None else t.to(self.device, torch.float32, non_blocking=True) for t in (scale, found_inf)
+        )
+        self.function(
+            params, [grads[k] for k in self.places], velocities, self.groups,
+            torch.tensor(hyper, dtype=torch.float64), lrs, decays, averages, 0.0 if ema is None else ema,
+            self.copies, self.halves, scale, found_inf, max_norm, *self.workspace,
+        )  # fmt: skip
+        increment_version([*params, *velocities, *averages, *self.copies])
+
+    def _number(self, value: Any) -> Tensor | None:
+        """A learning rate or decay that the step reads on the device itself."""
+        if isinstance(value, Tensor) and value.device.type != "cpu" != self.device.type:
+            return value.to(self.device, non_blocking=True)
+        return None
+
+    def _value(self, value: Any) -> float:
+        return 0.0 if self._number(value) is not None else float(value)
+
+
+def _clipping_scale(grads: list[Tensor], scale: Tensor | None, max_norm: float) -> Tensor:
+    """What gradients of several devices have to be divided by, to be unscaled and clipped."""
+    scale = torch.ones((), device=grads[0].device) if scale is None else scale
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack([n.to(scale.device, torch.float64, non_blocking=True) for n in norms]))
+    return scale / (max_norm / (norm / scale + 1e-6)).clamp(max=1.0)
 
 
 def lars_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

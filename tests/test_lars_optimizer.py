@@ -1,0 +1,364 @@
+"""LARS as one of PyTorch's optimisers: groups, schedulers, GradScaler, state dicts, dtypes, errors."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simclr_fast.optim import LARS, lars_param_groups, steps
+from tests.lars_common import DEVICES, HALVES, fused, half_gradients, parameters
+
+
+def moved(optimizer: LARS, params: list[Tensor]) -> list[Tensor]:
+    optimizer.step()
+    return [p.detach().clone() for p in params]
+
+
+def test_works_as_a_torch_optimizer(lars_step: str) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = LARS(lars_param_groups(model, 1e-4), lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).square().sum()
+        loss.backward()
+        return loss
+
+    versions = [p._version for p in model.parameters()]
+    assert optimizer.step(closure).item() > 0
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.05)
+    assert all(p._version > version for p, version in zip(model.parameters(), versions, strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+    optimizer.step()  # no gradients: nothing to do
+    assert optimizer.param_groups[1]["param_names"] == ["bias"]
+
+
+def test_hooks_run_around_a_step(lars_step: str) -> None:
+    seen, params = [], parameters((3,))
+    optimizer = LARS(params, lr=0.1)
+    optimizer.register_step_pre_hook(lambda *args: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *args: seen.append("after"))
+    optimizer.step()
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "torch.save"])
+def test_copies_go_on_alike(lars_step: str, way: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    params = parameters((6, 5), (5,), dtype=dtype)
+    optimizer = LARS(params, lr=0.3, weight_decay=1e-4, ema=0.5)
+    optimizer.step()
+    if way == "pickle":
+        again, copies = pickle.loads(pickle.dumps((optimizer, params)))
+    elif way == "deepcopy":
+        again, copies = copy.deepcopy((optimizer, params))
+    else:
+        torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+        copies = copy.deepcopy(params)
+        again = LARS(copies, lr=9.0)
+        again.load_state_dict(torch.load(tmp_path / "state.pt"))
+        assert (again.param_groups[0]["lr"], again.param_groups[0]["ema"]) == (0.3, 0.5)
+    for p, q in zip(params, copies, strict=True):
+        q.grad = p.grad.clone()
+    for a, b in zip(moved(optimizer, params), moved(again, copies), strict=True):
+        assert torch.equal(a, b)
+    for p, q in zip(params, copies, strict=True):
+        for name, value in optimizer.state[p].items():
+            assert value.dtype == again.state[q][name].dtype == torch.float32
+            assert torch.equal(value, again.state[q][name]), name
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("name", ["foreach", "reference"])
+def test_state_dict_moves_between_steps(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    params, copies = parameters((6, 5), (5,), dtype=dtype), parameters((6, 5), (5,), dtype=dtype)
+    first = LARS(params, lr=0.3, weight_decay=1e-4)
+    first.step()
+    second = LARS(copies, lr=9.0)
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    for p, q in zip(params, copies, strict=True):
+        q.data.copy_(p.data)
+    first.step()
+    monkeypatch.setattr(LARS, "_step_function", lambda self, device: getattr(steps, f"lars_{name}"))
+    second.step()
+    for p, q in zip(params, copies, strict=True):
+        for key in first.state[p]:
+            torch.testing.assert_close(first.state[p][key], second.state[q][key], rtol=1e-6, atol=1e-7)
+
+
+def test_a_state_dict_without_newer_settings_takes_the_defaults() -> None:
+    optimizer = LARS(parameters((3,)), lr=0.1)
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["maximize"]
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+
+
+def test_groups_are_added_and_parameters_come_and_go(lars_step: str) -> None:
+    """What is kept from step to step follows the parameters, their gradients and their states."""
+    params = parameters((4, 3), (5,), (2, 2))
+    alone = parameters((4, 3), (5,), (2, 2))
+    optimizer, plain = LARS(params[:2], lr=0.5), [LARS([p], lr=0.5) for p in alone]
+    optimizer.step(), plain[0].step(), plain[1].step()
+    optimizer.add_param_group({"params": params[2:], "lr": 0.5})
+    optimizer.step(), [o.step() for o in plain]
+    params[1].grad = alone[1].grad = None  # frozen
+    optimizer.step(), [o.step() for o in plain]
+    params[1].grad, alone[1].grad = torch.ones(5), torch.ones(5)
+    params[0].grad, alone[0].grad = -params[0].grad, -alone[0].grad  # other tensors
+    optimizer.step(), [o.step() for o in plain]
+    optimizer.state[params[0]] = {}  # momentum forgotten
+    plain[0].state.clear()
+    optimizer.step(), [o.step() for o in plain]
+    params[2].data, alone[2].data = params[2].data.clone() * 2, alone[2].data.clone() * 2  # other memory
+    optimizer.step(), [o.step() for o in plain]
+    torch.testing.assert_close(params, alone, rtol=1e-6, atol=1e-7)
+
+
+def test_lr_and_decay_may_be_tensors(lars_step: str) -> None:
+    params, wanted = parameters((4, 3), (5,)), parameters((4, 3), (5,))
+    lr, decay = torch.tensor(0.5), torch.tensor(0.1, dtype=torch.float64)
+    tensors, numbers = LARS(params, lr=lr, weight_decay=decay), LARS(wanted, lr=0.5, weight_decay=0.1)
+    tensors.step(), numbers.step()
+    lr.fill_(0.25)
+    numbers.param_groups[0]["lr"] = 0.25
+    tensors.step(), numbers.step()
+    torch.testing.assert_close(params, wanted, rtol=1e-6, atol=0)
+
+
+def test_max_norm_is_clip_grad_norm(lars_step: str) -> None:
+    """Over groups and precisions; the gradients themselves stay as they are."""
+    params, wanted = ([*parameters((5, 5), (5,)), *parameters((7,), dtype=torch.float64)] for _ in range(2))
+    grads = [p.grad.clone() for p in params]
+    LARS([{"params": params[:1]}, {"params": params[1:], "adapt": False}], lr=0.1, max_norm=0.5).step()
+    nn.utils.clip_grad_norm_(wanted, 0.5)
+    LARS([{"params": wanted[:1]}, {"params": wanted[1:], "adapt": False}], lr=0.1).step()
+    torch.testing.assert_close(params, wanted, rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=True))
+
+
+def test_ema_of_the_weights(lars_step: str) -> None:
+    params = parameters((5, 5), (20_000,), (), dtype=torch.float64)
+    averages = [p.detach().clone() for p in params]
+    optimizer = LARS(params, lr=0.1, ema=0.9)
+    for _ in range(3):
+        optimizer.step()
+        averages = [0.9 * a + 0.1 * p.detach() for a, p in zip(averages, params, strict=True)]
+    got = [optimizer.state[p]["ema"] for p in params]
+    torch.testing.assert_close(got, averages, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("max_norm", [None, 0.7])
+def test_grad_scaler_leaves_its_work_to_the_step(
+    lars_step: str, dtype: torch.dtype, max_norm: float | None, device: str
+) -> None:
+    """Scaled gradients step as unscaled ones; infinities change nothing, not even the averages."""
+    params, wanted = (parameters((5, 5), (70,), device=device) for _ in range(2))
+    if dtype != torch.float32:
+        half_gradients(params, dtype), half_gradients(wanted, dtype)
+    optimizer, plain = (LARS(ps, lr=0.1, ema=0.9, max_norm=max_norm, weight_decay=0.1) for ps in (params, wanted))
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**7, growth_interval=1)
+    scaler.scale(torch.zeros((), device=device))  # makes its tensors
+    for p in params:
+        p.grad *= 2.0**7
+    scaled = [p.grad.clone() for p in params]
+    scaler.step(optimizer), scaler.update()
+    plain.step()
+    torch.testing.assert_close(params, wanted, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(p.grad, g) for p, g in zip(params, scaled, strict=True))
+    assert scaler.get_scale() == 2.0**8
+
+    params[1].grad[3] = torch.inf
+    before = [p.detach().clone() for p in params], copy.deepcopy([*optimizer.state.values()])
+    scaler.step(optimizer), scaler.update()
+    after = [p.detach() for p in params], [*optimizer.state.values()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert scaler.get_scale() == 2.0**7
+
+
+def test_unscaling_before_is_respected(lars_step: str) -> None:
+    params, wanted = parameters((5, 5)), parameters((5, 5))
+    optimizer = LARS(params, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))
+    params[0].grad *= 8
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    LARS(wanted, lr=0.1).step()
+    torch.testing.assert_close(params, wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_has_masters(lars_step: str, dtype: torch.dtype, device: str) -> None:
+    """Steps too small for the dtype add up; half and single precision may be mixed."""
+    half = parameters((40, 30), (3,), dtype=dtype, device=device)
+    single = parameters((7,), device=device)
+    wanted = [nn.Parameter(p.detach().float()) for p in half]
+    optimizer = LARS([*half, *single], lr=1.0, momentum=0.0, trust_coefficient=1e-5)
+    plain = LARS([*wanted, *parameters((7,), device=device)], lr=1.0, momentum=0.0, trust_coefficient=1e-5)
+    for p, q in zip(half, wanted, strict=True):
+        q.grad = p.grad.float()
+    for _ in range(200):
+        optimizer.step(), plain.step()
+    for p, q in zip(half, wanted, strict=True):
+        master = optimizer.state[p]["master"]
+        torch.testing.assert_close(master, q.detach(), rtol=1e-5, atol=1e-7)
+        assert torch.equal(p.detach(), master.to(dtype))
+        assert p._version >= 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"lr": 1.0, "momentum": -0.5}, "momentum must be >= 0, got -0.5"),
+        ({"lr": 1.0, "weight_decay": -1e-4}, "weight_decay must be >= 0, got -0.0001"),
+        ({"lr": 1.0, "max_norm": -1.0}, "max_norm must be >= 0, got -1.0"),
+        ({"lr": torch.tensor([1.0, 2.0])}, "lr must be a number, or if lr or weight_decay one in a tensor"),
+        ({"lr": torch.tensor(1)}, "lr must be a number"),
+        ({"lr": 1.0, "momentum": torch.tensor(0.9)}, "momentum must be a number"),
+        ({"lr": 1.0, "ema": 1.0}, r"ema must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LARS(parameters((2,)), **arguments)
+
+
+def test_bad_groups_leave_the_optimiser_as_it_was() -> None:
+    optimizer = LARS(parameters((2,)), lr=0.1)
+    for group, message in [
+        ({"lr": -2.0}, "lr must be >= 0, got -2.0"),
+        ({"max_norm": 1.0}, "max_norm holds for all groups"),
+        ({"ema": 0.5}, "ema holds for all groups"),
+        ({"params": [nn.Parameter(torch.ones(2, dtype=torch.complex64))]}, "got torch.complex64 of shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": parameters((3,)), **group})
+        assert len(optimizer.param_groups) == 1
+    optimizer.step()
+
+
+def test_sparse_gradients_are_refused_before_anything_changes(lars_step: str) -> None:
+    dense, table = parameters((3,), (4, 2))
+    table.grad = table.grad.to_sparse()
+    before = dense.detach().clone()
+    with pytest.raises(ValueError, match=r"sparse one of shape \[4, 2\]"):
+        LARS([dense, table], lr=1.0).step()
+    assert torch.equal(dense, before)
+
+
+def test_one_warning_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_ABSENT", "cannot be loaded (not built)")
+    steps._warn_once.cache_clear()
+    optimizer = LARS(parameters((2, 2)), lr=1.0)
+    with pytest.warns(RuntimeWarning, match="plain PyTorch, more slowly: .*not built.*pip install") as record:
+        optimizer.step()
+    assert record[0].filename == __file__
+    optimizer.step()  # a second warning would be an error
+    steps._warn_once.cache_clear()
+
+
+def arguments_of_a_step() -> dict:
+    ones = [torch.ones(2)]
+    chunk, chunks, scratch = steps.workspace(ones, 1)
+    hyper = torch.ones(1, len(steps.HYPER), dtype=torch.float64)
+    return {
+        "params": ones, "grads": [torch.ones(2)], "velocities": [torch.zeros(2)], "groups": [0], "hyper": hyper,
+        "lrs": [None], "decays": [None], "averages": [], "ema": 0.0, "copies": [], "copied": [],
+        "grad_scale": None, "found_inf": None, "max_norm": None, "chunk": chunk, "chunks": chunks, "scratch": scratch,
+    }  # fmt: skip
+
+
+@fused
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": [1]}, "groups"),
+        ({"groups": []}, "length"),
+        ({"grads": [torch.ones(3)]}, "shape"),
+        ({"grads": [torch.ones(2, dtype=torch.float64)]}, "dtype"),
+        ({"velocities": [torch.ones(2, dtype=torch.float64)]}, "dtype"),
+        ({"averages": [torch.ones(3)]}, "shape"),
+        ({"copies": [torch.ones(2)], "copied": [0]}, "half precision"),
+        ({"copies": [torch.ones(2).half()], "copied": [1]}, r"copied\[0\]"),
+        ({"copies": [torch.ones(2).half()]}, "length"),
+        ({"hyper": torch.ones(1, 5, dtype=torch.float64)}, "hyper"),
+        ({"lrs": [torch.ones(2)]}, "single float32"),
+        ({"found_inf": torch.ones(1, dtype=torch.float64)}, "single float32"),
+        ({"params": [torch.ones(2, dtype=torch.int32)]}, "float32"),
+        ({"chunk": 6}, "multiple of 4"),
+        ({"chunks": torch.zeros(2, 3, dtype=torch.int64)}, "other tensors"),
+        ({"scratch": [torch.zeros(4)]}, "other tensors"),
+    ],
+)
+def test_the_operator_checks_its_arguments(change: dict, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.simclr_fast.lars_step(*(arguments_of_a_step() | change).values())
+
+
+@fused
+def test_the_operator_is_registered_as_it_behaves() -> None:
+    arguments = tuple(arguments_of_a_step().values())
+    torch.library.opcheck(
+        torch.ops.simclr_fast.lars_step.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def model_of(variables: list[dict]) -> nn.Module:
+    """Modules (without memory) that hold the original's variables under the original's names."""
+    root = nn.Module()
+    for variable in variables:
+        *path, leaf = variable["name"].split("/")
+        shape = variable["shape"]
+        parent = root
+        for part in path[:-1]:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        if path[-1] not in parent._modules:
+            norm = leaf in ("gamma", "beta")
+            shell = nn.BatchNorm2d(shape[0], device="meta") if norm else nn.Linear(1, 1, bias=False, device="meta")
+            shell._parameters.clear()
+            parent.add_module(path[-1], shell)
+        torch_name = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}[leaf]
+        weight = nn.Parameter(torch.empty(shape, device="meta"))
+        parent.get_submodule(path[-1]).register_parameter(torch_name, weight)
+    return root
+
+
+def test_groups_match_the_original(vectors: Path) -> None:
+    nets = json.loads((vectors / "net_vars.json").read_text())
+    supervised = [
+        {"name": "head_supervised/linear_layer/dense/kernel", "shape": [512, 10], "lars_excluded": True},
+        {"name": "head_supervised/linear_layer/dense/bias", "shape": [10], "lars_excluded": True},
+    ]
+    for net in nets.values():
+        variables = net["trainable"] + supervised
+        adapted, plain = lars_param_groups(model_of(variables), 1e-6)
+        assert (adapted["weight_decay"], adapted["adapt"]) == (1e-6, True)
+        assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
+        for group, excluded in ((adapted, False), (plain, True)):
+            want = {v["name"].rpartition("/")[0] for v in variables if v["lars_excluded"] == excluded}
+            assert {name.rpartition(".")[0].replace(".", "/") for name, _ in group["params"]} == want
+            assert len(group["params"]) == sum(v["lars_excluded"] == excluded for v in variables)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2))
+    model[0].weight.requires_grad_(False)
+    adapted, plain = lars_param_groups(model, 0.1)
+    assert [name for name, _ in adapted["params"]] == []
+    assert [name for name, _ in plain["params"]] == ["0.bias", "1.weight", "1.bias"]
