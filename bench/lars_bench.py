@@ -16,7 +16,6 @@ pip install 'simclr_fast[peers]'; a picture needs 'simclr_fast[bench]'.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 from collections.abc import Callable
 from pathlib import Path
