@@ -8,10 +8,11 @@ export PYTHONPATH=$PWD
 out=${OUT:-$PWD/bench/results}
 failed=0
 
-[ -f simclr_fast/_C.abi3.so ] || SIMCLR_FAST_CUDA=1 python setup.py -q build_ext --inplace || failed=1
+python -c 'from simclr_fast.optim import steps; exit(steps.extension() != "cuda")' ||
+    SIMCLR_FAST_CUDA=1 python setup.py -q build_ext --inplace || failed=1
 python -m pytest -q -m gpu -p no:cacheprovider tests 2>&1 | tee "$out/gpu_tests.log" || failed=1
 if command -v compute-sanitizer > /dev/null; then
-    compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu -p no:cacheprovider tests/test_lars.py \
+    compute-sanitizer --error-exitcode 1 python -m pytest -q -m gpu -p no:cacheprovider tests/test_lars.py tests/test_lars_gpu.py -k "not elements" \
         2>&1 | tail -20 | tee "$out/sanitizer.log" || failed=1
 fi
 python -c 'import matplotlib' 2> /dev/null && plot=--plot || plot=

@@ -144,7 +144,12 @@ void upload(const Step& step, Tensor& table, Tensor& mirror) {
     if (std::memcmp(mirror.const_data_ptr(), step.entries.data(), WORD * words) == 0) return;
     std::memcpy(mirror.mutable_data_ptr(), step.entries.data(), WORD * words);
     Tensor entries = torch::stable::narrow(table, 0, 0, words);
-    torch::stable::copy_(entries, mirror);
+    try {
+        torch::stable::copy_(entries, mirror);
+    } catch (...) {
+        std::memset(mirror.mutable_data_ptr(), 0, WORD * words);
+        throw;
+    }
 }
 
 // hyper: [groups, 9] float64 on the CPU: lr, weight_decay, momentum, trust, adapt, nesterov, classic, lr_outside,
@@ -184,6 +189,15 @@ void lars_step(Tensors params, Tensors grads, Tensors velocities, std::vector<in
     step.max_norm = max_norm.value_or(std::numeric_limits<double>::infinity());
     step.keep = ema;
     if (cpu) {
+        for (int64_t k = 0; k < step.count; ++k) {
+            const Chunk& c = step.chunks[k];
+            bool known = c.entry >= 0 && c.entry < int64_t(n);
+            const Entry& e = step.entries[known ? c.entry : 0];
+            int64_t begin = (k - e.first_chunk) * chunk;
+            STD_TORCH_CHECK(known && begin >= 0 && begin < e.numel && c.begin == begin &&
+                                c.end == std::min(begin + chunk, e.numel),
+                            "lars_step: chunks are of other tensors");
+        }
         step_cpu(step, wide);
     } else {
         torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());

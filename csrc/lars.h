@@ -111,7 +111,7 @@ struct Rule {  // a parameter group's step of one element
     template <bool CLIPPED>
     C10_HOST_DEVICE Sums squares(T w, T g, T v) const {
         double x = divisor(w, CLIPPED ? T(0) : g, v), q = CLIPPED ? scale * g : T(0), wide = w;
-        return {wide * wide, x * x, x * q, q * q};
+        return {wide * wide, x * x, CLIPPED ? x * q : 0.0, q * q};  // x may be infinite
     }
 
     C10_HOST_DEVICE Factors<T> factors(const Sums& sums, double c) const {

@@ -168,12 +168,15 @@ struct Stepper {
     const bool clipped = std::isfinite(step.max_norm);
     const double scale = step.grad_scale ? 1 / double(*step.grad_scale) : 1.0;
     double c = 1;
+    std::vector<Sums> totals = std::vector<Sums>(step.entries.size());
 
-    // Calls work(entry, chunk, part, loops) for some chunks, in parallel; a thread goes through its own backwards if
-    // asked to: what it read last is still in the caches.
+    // Calls work(entry, chunk, part, loops) for the chunks of some tensors, in parallel; a thread goes through its
+    // own backwards if asked to: what it read last is still in the caches.
     template <class Work>
-    void each(int64_t first, int64_t last, bool backwards, const Work& work) const {
-        torch::stable::parallel_for(first, last, GRAIN, [&](int64_t begin, int64_t end) {
+    void each(size_t first, size_t last, bool backwards, const Work& work) const {
+        const Entry& end_entry = step.entries[last - 1];
+        int64_t from = step.entries[first].first_chunk, to = end_entry.first_chunk + end_entry.chunks;
+        torch::stable::parallel_for(from, to, GRAIN, [&](int64_t begin, int64_t end) {
             for (int64_t n = begin; n < end; ++n) {
                 int64_t k = backwards ? begin + end - 1 - n : n;
                 const Entry& e = step.entries[step.chunks[k].entry];
@@ -194,7 +197,8 @@ struct Stepper {
         work(e, k, Part<T, G>{at(e.w), at(e.v), at(e.average), g, copy, chunk.end - chunk.begin}, loops<T, G>());
     }
 
-    void sum(int64_t first, int64_t last) const {
+    // Of tensors first to last: the sums of their chunks, then of each.
+    void sum(size_t first, size_t last) {
         each(first, last, false, [&](const Entry& e, int64_t k, const auto& part, const auto& loops) {
             const Row& row = step.rows[e.group];
             if (!row.adapt && !clipped) return;
@@ -203,38 +207,40 @@ struct Stepper {
             double fields[] = {sums.w, sums.x, sums.xg, sums.g};
             for (int64_t n = 0; n < 4; ++n) step.partial[n * step.count + k] = fields[n];
         });
+        for (size_t n = first; n < last; ++n) {
+            const Entry& e = step.entries[n];
+            if (!step.rows[e.group].adapt && !clipped) continue;
+            const double* at = step.partial + e.first_chunk;
+            for (int64_t k = 0; k < e.chunks; ++k, ++at)
+                totals[n].add({at[0], at[step.count], at[2 * step.count], at[3 * step.count]});
+        }
     }
 
-    void update(int64_t first, int64_t last) const {
+    void update(size_t first, size_t last) const {
         each(first, last, true, [&](const Entry& e, int64_t, const auto& part, const auto& loops) {
             const Row& row = step.rows[e.group];
-            Sums sums;
-            const double* partial = step.partial + e.first_chunk;
-            for (int64_t k = 0; row.adapt && k < e.chunks; ++k, ++partial)
-                sums.add({partial[0], partial[step.count], partial[2 * step.count], partial[3 * step.count]});
-            Factors<T> factors = Rule<T>(row, scale).factors(sums, c);
+            Factors<T> factors = Rule<T>(row, scale).factors(totals[&e - step.entries.data()], c);
             loops.move(part, Rule<T>(row, c * scale), factors, e.copied, T(step.keep));
         });
     }
 
     void run() {
         if (step.found_inf && *step.found_inf != 0) return;
+        const size_t count = step.entries.size();
         if (clipped) {  // the norm of all gradients comes first
-            sum(0, step.count);
+            sum(0, count);
             double squares = 0;
-            for (int64_t k = 0; k < step.count; ++k) squares += step.partial[3 * step.count + k];
+            for (const Sums& total : totals) squares += total.g;
             c = clip(squares, step.max_norm);
-            return update(0, step.count);
+            return update(0, count);
         }
-        int64_t limit = cached() * torch::stable::get_num_threads();
-        for (size_t n = 0; n < step.entries.size();) {  // as many tensors at a time as stay in the caches
-            int64_t first = step.entries[n].first_chunk, last = first, bytes = 0;
-            do {
-                last = step.entries[n].first_chunk + step.entries[n].chunks;
-                bytes += 2 * sizeof(T) * step.entries[n].numel;
-            } while (++n < step.entries.size() && bytes + int64_t(2 * sizeof(T)) * step.entries[n].numel <= limit);
-            sum(first, last);
-            update(first, last);
+        int64_t limit = cached() * torch::stable::get_num_threads(), bytes = 0;
+        for (size_t first = 0, n = 0; n < count; ++n) {  // as many tensors at a time as stay in the caches
+            bytes += 2 * sizeof(T) * step.entries[n].numel;
+            if (n + 1 < count && bytes + int64_t(2 * sizeof(T)) * step.entries[n + 1].numel <= limit) continue;
+            sum(first, n + 1);
+            update(first, n + 1);
+            first = n + 1, bytes = 0;
         }
     }
 };

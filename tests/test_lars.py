@@ -270,3 +270,16 @@ def test_chunks_cover_every_element_once() -> None:
             assert (begin % 4 == 0).all()
     assert torch.equal(table[:, 0], table[:, 0].sort().values)
     assert steps.chunk_table([0, 0], 16).shape == (0, 3)
+
+
+@pytest.mark.parametrize("place", [3, 16])  # of 17: in a vector, and after the last one
+@pytest.mark.parametrize("flags", VARIANTS, ids=str)
+def test_an_infinite_gradient_stops_its_tensor(lars_step: str, place: int, flags: dict) -> None:
+    """Its norm is infinite, and the others' steps are 0; not adapted, they step as ever."""
+    (p,), (q,) = parameters((17,)), parameters((17,))
+    p.grad[place] = torch.inf
+    others = torch.arange(17) != place
+    LARS([p], lr=1.0, **flags).step()
+    assert not p[place].isfinite()
+    if flags.get("adapt", True):
+        assert torch.equal(p[others], q[others])

@@ -88,6 +88,33 @@ def test_cuda_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, wanted, strict=True))
 
 
+def test_graphs_outlive_other_sets_of_parameters() -> None:
+    (captured, params), (eager, wanted) = everything(), everything()
+    captured.step(), eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    grads = [p.grad for p in params]
+    for k in range(1, 12):  # more sets than are kept
+        for p, q in zip(params[:k], wanted[:k], strict=True):
+            p.grad = q.grad = None
+        captured.step(), eager.step()
+        for p, q, grad in zip(params, wanted, grads, strict=True):
+            p.grad, q.grad = grad, grad.clone()
+    graph.replay()
+    eager.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, wanted, strict=True))
+
+
+def test_a_group_without_gradients_may_be_added() -> None:
+    params = parameters((50, 3), (7,), device="cuda")
+    optimizer = LARS(params[:1], lr=0.1)
+    optimizer.step()
+    params[1].grad = None
+    optimizer.add_param_group({"params": params[1:]})
+    optimizer.step()
+
+
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 40e9, reason="needs 40 GB")
 def test_more_than_two_to_the_31_elements() -> None:
     numel = 2**31 + 5
@@ -102,8 +129,8 @@ def test_more_than_two_to_the_31_elements() -> None:
 def test_devices_are_stepped_apart_and_clipped_together() -> None:
     here, there = parameters((50, 3), (7,)), parameters((50, 3), (7,), device="cuda")
     mixed, alone = [here[0], there[1]], parameters((50, 3), (7,))
-    LARS(mixed, lr=0.1, max_norm=0.5).step()
-    LARS(alone, lr=0.1, max_norm=0.5).step()
+    LARS(mixed, lr=0.1, max_norm=0.5, adapt=False).step()
+    LARS(alone, lr=0.1, max_norm=0.5, adapt=False).step()
     torch.testing.assert_close([p.cpu() for p in mixed], alone, rtol=1e-5, atol=1e-7)
 
 

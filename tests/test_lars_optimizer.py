@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simclr_fast.optim import LARS, lars_param_groups, steps
+from simclr_fast.optim import LARS, lars, lars_param_groups, steps
 from tests.lars_common import DEVICES, HALVES, fused, half_gradients, parameters
 
 
@@ -119,9 +119,73 @@ def test_groups_are_added_and_parameters_come_and_go(lars_step: str) -> None:
     optimizer.state[params[0]] = {}  # momentum forgotten
     plain[0].state.clear()
     optimizer.step(), [o.step() for o in plain]
+    optimizer.state[params[2]].clear()
+    plain[2].state[alone[2]].pop("momentum_buffer")
+    optimizer.step(), [o.step() for o in plain]
     params[2].data, alone[2].data = params[2].data.clone() * 2, alone[2].data.clone() * 2  # other memory
     optimizer.step(), [o.step() for o in plain]
     torch.testing.assert_close(params, alone, rtol=1e-6, atol=1e-7)
+
+
+def test_sets_that_take_turns_are_prepared_once(step_was_prepared: list[object]) -> None:
+    params = parameters((4, 3), (5,), (2, 2))
+    optimizer = LARS(params, lr=0.5)
+    for turn in range(6):
+        for k, p in enumerate(params):
+            p.grad = torch.ones_like(p) if k != turn % 2 else None
+        optimizer.step()
+    assert len(step_was_prepared) == 3  # the first set anew when the second one's states came
+    optimizer.add_param_group({"params": parameters((3,))[0].detach().requires_grad_()})  # without a gradient
+    optimizer.step()
+    assert len(step_was_prepared) == 4  # another number of groups
+
+
+@pytest.fixture
+def step_was_prepared(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    made: list[object] = []
+    right = lars._Batch.__init__
+    monkeypatch.setattr(lars._Batch, "__init__", lambda self, *args: (made.append(self), right(self, *args))[1])
+    return made
+
+
+def test_a_parameter_may_change_its_size(lars_step: str) -> None:
+    """As when a head is replaced in place."""
+    p, memory = parameters((10,))[0], torch.ones(64)
+    optimizer = LARS([p], lr=0.5)
+    optimizer.step()
+    for size in (5, 20):
+        p.data, p.grad = memory[:size].fill_(2.0), None
+        p.grad = torch.full((size,), 0.5)
+        optimizer.state[p]["momentum_buffer"] = torch.zeros(size)
+        memory[size:] = 7.0
+        optimizer.step()
+        assert (p != 2.0).all()
+        assert (memory[size:] == 7.0).all()
+
+
+def test_a_default_device_changes_nothing(lars_step: str) -> None:
+    params, wanted = parameters((4, 3), (5,)), parameters((4, 3), (5,))
+    LARS(wanted, lr=0.5, max_norm=0.1).step()
+    with torch.device("meta"):
+        LARS(params, lr=0.5, max_norm=0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(params, wanted, strict=True))
+
+
+def test_hooks_may_change_what_is_loaded(lars_step: str) -> None:
+    params = parameters((4, 3), dtype=torch.bfloat16)
+    optimizer = LARS(params, lr=0.5)
+    optimizer.step()
+
+    def forget(_: object, loaded: dict) -> dict:
+        state = {0: {**loaded["state"][0], "momentum_buffer": torch.zeros(4, 3)}}
+        return {**loaded, "state": state}
+
+    seen = []
+    optimizer.register_load_state_dict_pre_hook(forget)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.state[params[0]]["master"].dtype))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not optimizer.state[params[0]]["momentum_buffer"].any()
+    assert seen == [torch.float32]
 
 
 def test_lr_and_decay_may_be_tensors(lars_step: str) -> None:
@@ -189,13 +253,13 @@ def test_grad_scaler_leaves_its_work_to_the_step(
 
 def test_unscaling_before_is_respected(lars_step: str) -> None:
     params, wanted = parameters((5, 5)), parameters((5, 5))
-    optimizer = LARS(params, lr=0.1)
+    optimizer = LARS(params, lr=0.1, adapt=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(torch.zeros(()))
     params[0].grad *= 8
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
-    LARS(wanted, lr=0.1).step()
+    LARS(wanted, lr=0.1, adapt=False).step()
     torch.testing.assert_close(params, wanted, rtol=1e-6, atol=1e-7)
 
 
@@ -223,6 +287,8 @@ def test_half_precision_has_masters(lars_step: str, dtype: torch.dtype, device: 
     ("arguments", "message"),
     [
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
+        ({"lr": float("nan")}, "lr must be >= 0, got nan"),
+        ({"lr": 1.0, "max_norm": float("nan")}, "max_norm must be >= 0, got nan"),
         ({"lr": 1.0, "momentum": -0.5}, "momentum must be >= 0, got -0.5"),
         ({"lr": 1.0, "weight_decay": -1e-4}, "weight_decay must be >= 0, got -0.0001"),
         ({"lr": 1.0, "max_norm": -1.0}, "max_norm must be >= 0, got -1.0"),
@@ -301,6 +367,9 @@ def arguments_of_a_step() -> dict:
         ({"params": [torch.ones(2, dtype=torch.int32)]}, "float32"),
         ({"chunk": 6}, "multiple of 4"),
         ({"chunks": torch.zeros(2, 3, dtype=torch.int64)}, "other tensors"),
+        ({"chunks": torch.tensor([[0, 0, 3]])}, "other tensors"),
+        ({"chunks": torch.tensor([[0, 0, 1]])}, "other tensors"),
+        ({"chunks": torch.tensor([[1, 0, 2]])}, "other tensors"),
         ({"scratch": [torch.zeros(4)]}, "other tensors"),
     ],
 )

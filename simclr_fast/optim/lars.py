@@ -21,6 +21,7 @@ __all__ = ["HYPER", "LARS", "extension", "lars_param_groups", "lars_reference"]
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float64, *HALF)
+SETS = 8  # of parameters with gradients that may take turns without being prepared anew
 NUMBERS = ("lr", "weight_decay", "momentum", "trust_coefficient", "max_norm")  # >= 0
 
 
@@ -64,7 +65,6 @@ class LARS(Optimizer):
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of unscaling
 
     _step_function = staticmethod(step_function)
-    _cached: tuple[Any, list[_Batch]] = (None, [])  # what the batches were made for, and they
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class LARS(Optimizer):
         maximize: bool = False,
     ) -> None:
         super().__init__(params, {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")})
+        self._forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own; `max_norm` and `ema` are one for all."""
@@ -93,7 +94,7 @@ class LARS(Optimizer):
                 if name not in ("lr", "weight_decay") or value.numel() != 1 or value.dtype not in DTYPES[:2]:
                     raise ValueError(f"{name} must be a number, or if lr or weight_decay one in a tensor, got {value}")
                 value = 0 if value.is_cuda else value.item()
-            if value is not None and value < 0:
+            if value is not None and not value >= 0:
                 raise ValueError(f"{name} must be >= 0, got {settings[name]}")
         if settings["ema"] is not None and not 0 <= settings["ema"] < 1:
             raise ValueError(f"ema must be in [0, 1), got {settings['ema']}")
@@ -133,20 +134,35 @@ class LARS(Optimizer):
         return loss
 
     def _batches(self, params: list[Tensor], rows: list[int], ema: float | None) -> list[_Batch]:
-        """The parameters of one step each, by device and precision, anew when they or their states changed."""
-        key = (rows, list(map(id, params)), list(map(id, self.state.values())), ema is None)
-        if self._cached[0] != key:
+        """The parameters of one step each, by device and precision; made once for each set that takes turns."""
+        states = self.state.values()
+        key = (
+            *(len(self.param_groups), ema is None, *rows, *map(id, params)),
+            *([p.data_ptr() for p in params] + [p.numel() for p in params]),
+            *(*map(id, states), *map(len, states)),
+        )
+        batches = self._made.get(key)
+        if batches is None:
             places: dict[tuple[torch.device, bool], list[int]] = defaultdict(list)
             for k, p in enumerate(params):
                 self._prepare(p, ema)
                 places[p.device, p.dtype == torch.float64].append(k)
             batches = []
             for ks in places.values():
-                members, states = [params[k] for k in ks], [self.state[params[k]] for k in ks]
+                members, found = [params[k] for k in ks], [self.state[params[k]] for k in ks]
                 function = self._step_function(members[0].device.type)
-                batches.append(_Batch(members, states, ks, [rows[k] for k in ks], function))
-            self._cached = ((*key[:2], list(map(id, self.state.values())), key[3]), batches)
-        return self._cached[1]
+                batches.append(_Batch(members, found, ks, [rows[k] for k in ks], function))
+            if len(self._made) == SETS:
+                del self._made[next(iter(self._made))]
+            key = (*key[: 2 + 4 * len(params)], *map(id, states), *map(len, states))
+            self._made[key] = batches
+        if any(batch.device.type == "cuda" for batch in batches) and torch.cuda.is_current_stream_capturing():
+            self._captured.append(batches)  # a graph's kernels go on reading what they own
+        return batches
+
+    def _forget(self) -> None:
+        self._made: dict[tuple[int, ...], list[_Batch]] = {}
+        self._captured: list[list[_Batch]] = []
 
     def _prepare(self, p: Tensor, ema: float | None) -> None:
         """Give p the state that it lacks, in float32 or float64 and in p's layout."""
@@ -164,17 +180,29 @@ class LARS(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, from any device and any step; what is kept in float32 stays so."""
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        final: list[dict[str, Any]] = []  # what hooks made of it
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, loaded: final.append(loaded)),
+            self.register_load_state_dict_post_hook(lambda _: self._restore_float32(final[-1]), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restore_float32(self, loaded: dict[str, Any]) -> None:
+        saved = chain.from_iterable(group["params"] for group in loaded["param_groups"])
         ours = chain.from_iterable(group["params"] for group in self.param_groups)
         for number, p in zip(saved, ours, strict=True):
-            if p.dtype in HALF:  # super() has rounded its state to p's dtype
-                for name, value in state_dict["state"].get(number, {}).items():
+            if p.dtype in HALF:  # the state has been rounded to p's dtype
+                for name, value in loaded["state"].get(number, {}).items():
                     if isinstance(value, Tensor):
                         self.state[p][name] = value.to(p.device, torch.float32)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -214,12 +242,10 @@ class _Batch:
         hyper = [[self._value(group[name]) for name in HYPER] for group in param_groups]
         if not self.workspace:
             self.workspace = workspace(params, len(param_groups))
-        scale, found_inf = (
-            None if t is None else t.to(self.device, torch.float32, non_blocking=True) for t in (scale, found_inf)
-        )
+        scale, found_inf = (None if t is None else _to(t, self.device, torch.float32) for t in (scale, found_inf))
         self.function(
             params, [grads[k] for k in self.places], velocities, self.groups,
-            torch.tensor(hyper, dtype=torch.float64), lrs, decays, averages, 0.0 if ema is None else ema,
+            torch.tensor(hyper, dtype=torch.float64, device="cpu"), lrs, decays, averages, 0.0 if ema is None else ema,
             self.copies, self.halves, scale, found_inf, max_norm, *self.workspace,
         )  # fmt: skip
         increment_version([*params, *velocities, *averages, *self.copies])
@@ -227,18 +253,22 @@ class _Batch:
     def _number(self, value: Any) -> Tensor | None:
         """A learning rate or decay that the step reads on the device itself."""
         if isinstance(value, Tensor) and value.device.type != "cpu" != self.device.type:
-            return value.to(self.device, non_blocking=True)
+            return _to(value, self.device, value.dtype)
         return None
 
     def _value(self, value: Any) -> float:
         return 0.0 if self._number(value) is not None else float(value)
 
 
+def _to(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return t.to(device, dtype, non_blocking=device.type != "cpu")  # the host reads what comes to it at once
+
+
 def _clipping_scale(grads: list[Tensor], scale: Tensor | None, max_norm: float) -> Tensor:
     """What gradients of several devices have to be divided by, to be unscaled and clipped."""
     scale = torch.ones((), device=grads[0].device) if scale is None else scale
     norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-    norm = torch.linalg.vector_norm(torch.stack([n.to(scale.device, torch.float64, non_blocking=True) for n in norms]))
+    norm = torch.linalg.vector_norm(torch.stack([_to(n, scale.device, torch.float64) for n in norms]))
     return scale / (max_norm / (norm / scale + 1e-6)).clamp(max=1.0)
 
 

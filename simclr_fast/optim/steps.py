@@ -202,14 +202,14 @@ def workspace(params: Tensors, groups: int) -> tuple[int, Tensor, list[Tensor]]:
     if device.type == "cuda":
         words = len(params) * (ENTRY + 1) + groups * ROW
         scratch.append(torch.zeros(words, dtype=torch.int64, device=device))
-        scratch.append(torch.zeros(len(params), ENTRY, dtype=torch.int64))
+        scratch.append(torch.zeros(len(params), ENTRY, dtype=torch.int64, device="cpu"))
     return chunk, chunks.to(device), scratch
 
 
 def chunk_table(numels: Sequence[int], chunk: int) -> Tensor:
     """[chunks, 3] int64: tensor, first element and end of each chunk of `chunk` elements, a last one less, in order."""
-    sizes = torch.tensor(numels, dtype=torch.int64)
+    sizes = torch.tensor(numels, dtype=torch.int64, device="cpu")
     counts = (sizes + chunk - 1) // chunk
-    owners = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * chunk
+    owners = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
+    starts = (torch.arange(len(owners), device="cpu") - (counts.cumsum(0) - counts)[owners]) * chunk
     return torch.stack([owners, starts, torch.minimum(starts + chunk, sizes[owners])], dim=1)
