@@ -134,3 +134,18 @@ def test_the_extension_keeps_to_the_stable_abi() -> None:
     assert not [name for name in needed if not re.fullmatch(system, name)]
     defined = tool("nm", "-D", "--defined-only", EXTENSION)
     assert [line.split()[-1] for line in defined.splitlines() if " T " in line] == ["PyInit__C"]
+
+
+@pytest.mark.skipif(not EXTENSION.exists(), reason="simclr_fast._C was not built in this checkout")
+def test_no_cuda_kernel_of_the_extension_spills() -> None:
+    """In the binary that is shipped, for every architecture."""
+    from simclr_fast.optim import steps
+
+    triton = pytest.importorskip("triton", reason="needs Triton's cuobjdump")
+    if steps.extension() != "cuda":
+        pytest.skip("the extension was built without CUDA")
+    usage = tool(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", EXTENSION)
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    names = {name for kernel in kernels for name in ("norms", "update", "store") if f"{name}_kernel" in kernel[0]}
+    assert names == {"norms", "update", "store"}
+    assert [kernel for kernel in kernels if int(kernel[2]) or int(kernel[3])] == []

@@ -146,6 +146,8 @@ def lars_foreach(
     *workspace: Any,
 ) -> None:
     """`lars_reference` with PyTorch's multi-tensor functions, on any device, without making the host wait."""
+    changed = [*params, *velocities, *averages, *copies]
+    before = [t.clone() for t in changed] if found_inf is not None else []
     gs: Tensors = [g.to(w.dtype) for g, w in zip(grads, params, strict=True)]
     scale = torch.ones((), device=params[0].device) if grad_scale is None else 1 / grad_scale
     if max_norm is not None:
@@ -156,39 +158,41 @@ def lars_foreach(
     for group in set(groups):
         members = [k for k, other in enumerate(groups) if other == group]
         w, g, v = ([tensors[k] for k in members] for tensors in (params, gs, velocities))
-        new_v, new_w = _foreach_moved(w, g, v, _numbers(group, hyper, lrs, decays))
-        _put(v, new_v, found_inf)
-        _put(w, new_w, found_inf)
+        _foreach_move(w, g, v, _numbers(group, hyper, lrs, decays))
     if averages:
-        _put(averages, torch._foreach_lerp(averages, params, 1 - ema), found_inf)
+        torch._foreach_lerp_(list(averages), list(params), 1 - ema)
     if copies:
-        _put(copies, [params[k].to(copy.dtype) for copy, k in zip(copies, copied, strict=True)], found_inf)
-
-
-def _foreach_moved(w: list[Tensor], g: list[Tensor], v: list[Tensor], numbers: list[Any]) -> tuple[Tensors, Tensors]:
-    """The new velocities and weights of a group."""
-    lr, decay, momentum, trust, adapt, nesterov, classic, lr_outside, maximize = numbers
-    d = torch._foreach_add(torch._foreach_neg(g) if maximize else g, torch._foreach_mul(w, decay))
-
-    def moved(d: Tensors) -> tuple[Tensors, Tensors]:
-        velocities = torch._foreach_add(torch._foreach_mul(v, momentum), d)
-        return velocities, torch._foreach_add(torch._foreach_mul(velocities, momentum), d) if nesterov else velocities
-
-    velocities, update = moved(d)
-    ratios = torch.ones(len(w), dtype=w[0].dtype, device=w[0].device)
-    if adapt:
-        w_norms, x_norms = (torch.stack(torch._foreach_norm(list(x))) for x in (w, d if classic else update))
-        ratios = torch.where((w_norms > 0) & (x_norms > 0), trust * w_norms / x_norms, ratios)
-    if classic:
-        velocities, update = moved(torch._foreach_mul(d, list((ratios if lr_outside else lr * ratios).unbind())))
-    factors = [lr * ratio for ratio in ratios.unbind()] if not classic else [lr if lr_outside else 1.0] * len(w)
-    return velocities, [old - factor * step for old, factor, step in zip(w, factors, update, strict=True)]
-
-
-def _put(old: Tensors, new: Tensors, found_inf: Tensor | None) -> None:
+        torch._foreach_copy_(list(copies), [params[k] for k in copied])
     if found_inf is not None:
-        new = [torch.where(found_inf != 0, before, after) for before, after in zip(old, new, strict=True)]
-    torch._foreach_copy_(list(old), list(new))
+        for t, old in zip(changed, before, strict=True):
+            t.copy_(torch.where(found_inf.bool(), old, t))
+
+
+def _foreach_move(w: Tensors, g: Tensors, v: Tensors, numbers: list[Any]) -> None:
+    """Step the tensors of a group."""
+    lr, decay, momentum, trust, adapt, nesterov, classic, lr_outside, maximize = numbers
+    d = torch._foreach_mul(w, decay)
+    torch._foreach_add_(d, g, alpha=-1 if maximize else 1)
+
+    def ratios(x: Tensors) -> Tensor:
+        w_norms, x_norms = (torch.stack(torch._foreach_norm(t)) for t in (w, x))
+        return torch.where((w_norms > 0) & (x_norms > 0), trust * w_norms / x_norms, 1.0)
+
+    if classic and adapt:
+        torch._foreach_mul_(d, list((ratios(d) if lr_outside else lr * ratios(d)).unbind()))
+    elif classic and not lr_outside:
+        torch._foreach_mul_(d, lr)
+    torch._foreach_mul_(v, momentum)
+    torch._foreach_add_(v, d)
+    update = v
+    if nesterov:
+        update = torch._foreach_mul(v, momentum)
+        torch._foreach_add_(update, d)
+    if not classic and adapt:
+        update = torch._foreach_mul(update, list((lr * ratios(update)).unbind()))
+    elif not classic or lr_outside:
+        update = torch._foreach_mul(update, lr)
+    torch._foreach_sub_(w, update)
 
 
 def workspace(params: Tensors, groups: int) -> tuple[int, Tensor, list[Tensor]]:
