@@ -199,7 +199,7 @@ def picture(lines: list[dict[str, Any]], path: Path) -> None:
         colors = ["#0050b0" if name == OURS else "#b0b0b0" if name == "copy" else "#7f9fc0" for name in names]
         axis.barh(names, ms, color=colors)
         for k, value in enumerate(ms):
-            axis.text(value, k, f" {value:,.3g}", va="center", fontsize=8)
+            axis.text(value, k, f" {value:,.0f}" if value >= 100 else f" {value:.1f}", va="center", fontsize=8)
         axis.set_title(f"ResNet-50 {width}x, {shown[0]['parameters'] / 1e6:.0f} M", fontsize=10)
         axis.set_xlim(0, max(ms) * 1.18)
         axis.spines[["top", "right"]].set_visible(False)
