@@ -1,7 +1,6 @@
 """LARS as one of PyTorch's optimisers: groups, schedulers, GradScaler, state dicts, dtypes, errors."""
 
 import copy
-import json
 import pickle
 from pathlib import Path
 
@@ -335,99 +334,3 @@ def test_one_warning_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> N
     assert record[0].filename == __file__
     optimizer.step()  # a second warning would be an error
     steps._warn_once.cache_clear()
-
-
-def arguments_of_a_step() -> dict:
-    ones = [torch.ones(2)]
-    chunk, chunks, scratch = steps.workspace(ones, 1)
-    hyper = torch.ones(1, len(steps.HYPER), dtype=torch.float64)
-    return {
-        "params": ones, "grads": [torch.ones(2)], "velocities": [torch.zeros(2)], "groups": [0], "hyper": hyper,
-        "lrs": [None], "decays": [None], "averages": [], "ema": 0.0, "copies": [], "copied": [],
-        "grad_scale": None, "found_inf": None, "max_norm": None, "chunk": chunk, "chunks": chunks, "scratch": scratch,
-    }  # fmt: skip
-
-
-@fused
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"groups": [1]}, "groups"),
-        ({"groups": []}, "length"),
-        ({"grads": [torch.ones(3)]}, "shape"),
-        ({"grads": [torch.ones(2, dtype=torch.float64)]}, "dtype"),
-        ({"velocities": [torch.ones(2, dtype=torch.float64)]}, "dtype"),
-        ({"averages": [torch.ones(3)]}, "shape"),
-        ({"copies": [torch.ones(2)], "copied": [0]}, "half precision"),
-        ({"copies": [torch.ones(2).half()], "copied": [1]}, r"copied\[0\]"),
-        ({"copies": [torch.ones(2).half()]}, "length"),
-        ({"hyper": torch.ones(1, 5, dtype=torch.float64)}, "hyper"),
-        ({"lrs": [torch.ones(2)]}, "single float32"),
-        ({"found_inf": torch.ones(1, dtype=torch.float64)}, "single float32"),
-        ({"params": [torch.ones(2, dtype=torch.int32)]}, "float32"),
-        ({"chunk": 6}, "multiple of 4"),
-        ({"chunks": torch.zeros(2, 3, dtype=torch.int64)}, "other tensors"),
-        ({"chunks": torch.tensor([[0, 0, 3]])}, "other tensors"),
-        ({"chunks": torch.tensor([[0, 0, 1]])}, "other tensors"),
-        ({"chunks": torch.tensor([[1, 0, 2]])}, "other tensors"),
-        ({"scratch": [torch.zeros(4)]}, "other tensors"),
-    ],
-)
-def test_the_operator_checks_its_arguments(change: dict, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.simclr_fast.lars_step(*(arguments_of_a_step() | change).values())
-
-
-@fused
-def test_the_operator_is_registered_as_it_behaves() -> None:
-    arguments = tuple(arguments_of_a_step().values())
-    torch.library.opcheck(
-        torch.ops.simclr_fast.lars_step.default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
-
-
-def model_of(variables: list[dict]) -> nn.Module:
-    """Modules (without memory) that hold the original's variables under the original's names."""
-    root = nn.Module()
-    for variable in variables:
-        *path, leaf = variable["name"].split("/")
-        shape = variable["shape"]
-        parent = root
-        for part in path[:-1]:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        if path[-1] not in parent._modules:
-            norm = leaf in ("gamma", "beta")
-            shell = nn.BatchNorm2d(shape[0], device="meta") if norm else nn.Linear(1, 1, bias=False, device="meta")
-            shell._parameters.clear()
-            parent.add_module(path[-1], shell)
-        torch_name = {"kernel": "weight", "gamma": "weight", "beta": "bias", "bias": "bias"}[leaf]
-        weight = nn.Parameter(torch.empty(shape, device="meta"))
-        parent.get_submodule(path[-1]).register_parameter(torch_name, weight)
-    return root
-
-
-def test_groups_match_the_original(vectors: Path) -> None:
-    nets = json.loads((vectors / "net_vars.json").read_text())
-    supervised = [
-        {"name": "head_supervised/linear_layer/dense/kernel", "shape": [512, 10], "lars_excluded": True},
-        {"name": "head_supervised/linear_layer/dense/bias", "shape": [10], "lars_excluded": True},
-    ]
-    for net in nets.values():
-        variables = net["trainable"] + supervised
-        adapted, plain = lars_param_groups(model_of(variables), 1e-6)
-        assert (adapted["weight_decay"], adapted["adapt"]) == (1e-6, True)
-        assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
-        for group, excluded in ((adapted, False), (plain, True)):
-            want = {v["name"].rpartition("/")[0] for v in variables if v["lars_excluded"] == excluded}
-            assert {name.rpartition(".")[0].replace(".", "/") for name, _ in group["params"]} == want
-            assert len(group["params"]) == sum(v["lars_excluded"] == excluded for v in variables)
-
-
-def test_frozen_parameters_are_left_out() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2))
-    model[0].weight.requires_grad_(False)
-    adapted, plain = lars_param_groups(model, 0.1)
-    assert [name for name, _ in adapted["params"]] == []
-    assert [name for name, _ in plain["params"]] == ["0.bias", "1.weight", "1.bias"]
