@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,9 @@ CONTENDERS: dict[str, Callable[[Groups], Any]] = {
 }
 
 
+PACKAGES = {"lightly": "lightly", "solo-learn": "solo-learn", "apex LARC": "apex"}
+
+
 def model(width: int, device: str) -> nn.Module:
     """ResNet-50 and the projection head, with gradients; the same on every call."""
     torch.manual_seed(0)
@@ -165,7 +169,13 @@ def measure(width: int, args: argparse.Namespace, errors: dict[str, float], miss
     for name, raw in times.items():
         ms = quantiles(raw)
         line = {"width": width, "parameters": sum(numels), "tensors": len(numels), "contender": name, "status": "ok"}
-        line |= {"ms": ms, "raw_ms": raw, "ours_over_it": ratio(ours_ms, raw), "error": errors.get(name)}
+        line |= {
+            "threads": torch.get_num_threads(),
+            "ms": ms,
+            "raw_ms": raw,
+            "ours_over_it": ratio(ours_ms, raw),
+            "error": errors.get(name),
+        }
         moved = 8 * sum(numels) if name == "copy" else bytes_moved(numels, args.device)
         line |= {"bytes": moved, "share_of_copy": moved / (8 * sum(numels)) * copy / ms["p50"]}
         lines.append(line)
@@ -231,13 +241,14 @@ def main() -> None:
             errors[name] = distance(first_step(build, args.device, torch.float32), truth)
         except ImportError as error:
             missing[name] = f"not installed ({error})"
+    peers = {name: missing.get(name) or importlib.metadata.version(package) for name, package in PACKAGES.items()}
     lines = []
     for width in args.widths:
         results = measure(width, args, errors, missing)
-        lines += [append("lars", line, args.json) for line in results]
+        lines += [append("lars", {"peers": peers, **line}, args.json) for line in results]
         print(table(results), flush=True)
     for name, reason in missing.items():
-        append("lars", {"contender": name, "status": reason}, args.json)
+        append("lars", {"peers": peers, "contender": name, "status": reason}, args.json)
         print(f"{name}: {reason}")
     if args.plot:
         picture(lines, args.plot)
