@@ -92,7 +92,7 @@ Plan plan_of(const Tensors& params, const Tensors& grads, const Tensors& velocit
         for (const Tensor* t : {&w, &v, average})
             STD_TORCH_CHECK(!t || type(*t) == type(first), "lars_step: tensors differ in dtype");
         STD_TORCH_CHECK(type(g) != NONE && (type(g) == DOUBLE) == (type(w) == DOUBLE),
-                        "lars_step takes gradients of dtype float32, float16 or bfloat16, for float64 of float64");
+                        "lars_step: gradients must have dtype float32, float16 or bfloat16; float64 where the parameters have");
         STD_TORCH_CHECK(!copy || type(*copy) == HALF || type(*copy) == BFLOAT16, "copies must be of half precision");
         Tensor order = in_order(w, w) ? w : torch::stable::empty_like(w);
         Entry e{};

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from simclr_fast.optim import lars_param_groups
+from simclr_fast.optim import LARS, lars_param_groups
 
 
 def model_of(variables: list[dict]) -> nn.Module:
@@ -48,9 +49,33 @@ def test_groups_match_the_original(vectors: Path) -> None:
             assert len(group["params"]) == sum(v["lars_excluded"] == excluded for v in variables)
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_stepped_once_they_have_gradients() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2))
     model[0].weight.requires_grad_(False)
     adapted, plain = lars_param_groups(model, 0.1)
-    assert [name for name, _ in adapted["params"]] == []
+    assert [name for name, _ in adapted["params"]] == ["0.weight"]
     assert [name for name, _ in plain["params"]] == ["0.bias", "1.weight", "1.bias"]
+    optimizer, before = LARS([adapted, plain], lr=0.1), model[0].weight.detach().clone()
+    model[0](torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before)
+    model[0].weight.requires_grad_(True)
+    model[0](torch.ones(3, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_a_group_without_members_is_left_out() -> None:
+    bare = nn.Linear(2, 2, bias=False)
+    optimizer = LARS(lars_param_groups(bare, 0.1), lr=0.1)
+    assert [group["param_names"] for group in optimizer.param_groups] == [["weight"]]
+    for group in lars_param_groups(nn.BatchNorm1d(2), 0.1):
+        optimizer.add_param_group(group)
+    assert [group["adapt"] for group in optimizer.param_groups] == [True, False]
+
+
+def test_wrong_models_are_named() -> None:
+    with pytest.raises(ValueError, match="model must have parameters, got a ReLU"):
+        lars_param_groups(nn.ReLU(), 0.1)
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got generator"):
+        lars_param_groups(nn.Linear(2, 2).parameters(), 0.1)

@@ -282,11 +282,62 @@ def test_half_precision_has_masters(lars_step: str, dtype: torch.dtype, device: 
         assert p._version >= 200
 
 
+def test_what_is_written_to_half_precision_weights_counts(lars_step: str) -> None:
+    """Weights loaded or normalised between steps, also while other sets of parameters are stepped."""
+    params = parameters((4, 3), (5,), dtype=torch.bfloat16)
+    optimizer = LARS(params, lr=0.0, momentum=0.0)
+    optimizer.step()
+    with torch.no_grad():
+        params[0].fill_(2.0)
+    grad, params[1].grad = params[1].grad, None
+    optimizer.step()
+    master = optimizer.state[params[0]]["master"].add_(1e-4)  # finer than bf16
+    params[1].grad = grad
+    optimizer.step()
+    assert (params[0] == 2.0).all()
+    assert (master == 2.0 + torch.tensor(1e-4)).all()
+    assert optimizer.state[params[0]]["master"] is master
+
+
+def test_models_may_change_their_dtype(lars_step: str) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = LARS(model.parameters(), lr=0.1, trust_coefficient=0.5, ema=0.9)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32):
+        model.to(dtype)
+        optimizer.zero_grad()
+        model(torch.ones(2, 4, dtype=dtype)).square().sum().backward()
+        before = model.weight.detach().clone()
+        optimizer.step()
+        assert not torch.equal(model.weight, before)
+        (state, _) = optimizer.state.values()
+        assert ("master" in state) == (dtype in HALVES)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    small, large = LARS(parameters((4, 3)), lr=0.1), LARS(parameters((4, 5)), lr=0.1)
+    small.step()
+    large.load_state_dict(small.state_dict())
+    with pytest.raises(ValueError, match=r"state of shape \[4, 3\] for a parameter of shape \[4, 5\]"):
+        large.step()
+
+
+def test_settings_for_all_are_looked_at_in_every_step() -> None:
+    optimizer = LARS([{"params": p} for p in parameters((3,), (4,))], lr=0.1)
+    optimizer.param_groups[1]["max_norm"] = 1.0
+    with pytest.raises(ValueError, match="max_norm holds for all groups, got both None and 1.0"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"lr": -1.0}, "lr must be >= 0, got -1.0"),
         ({"lr": float("nan")}, "lr must be >= 0, got nan"),
+        ({"lr": float("inf")}, "lr must be >= 0, got inf"),
+        ({"lr": "1e-6"}, "lr must be a number, got '1e-6'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"lr": 1.0, "ema": "0.9"}, "ema must be a number, got '0.9'"),
+        ({"lr": 1.0, "ema": -0.5}, "ema must be >= 0, got -0.5"),
         ({"lr": 1.0, "max_norm": float("nan")}, "max_norm must be >= 0, got nan"),
         ({"lr": 1.0, "momentum": -0.5}, "momentum must be >= 0, got -0.5"),
         ({"lr": 1.0, "weight_decay": -1e-4}, "weight_decay must be >= 0, got -0.0001"),
@@ -298,7 +349,7 @@ def test_half_precision_has_masters(lars_step: str, dtype: torch.dtype, device: 
     ],
 )
 def test_bad_settings(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         LARS(parameters((2,)), **arguments)
 
 

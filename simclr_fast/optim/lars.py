@@ -5,9 +5,11 @@ Source: You et al. 2017, arXiv:1708.03888, with the semantics of google-research
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,8 +23,9 @@ __all__ = ["HYPER", "LARS", "extension", "lars_param_groups", "lars_reference"]
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float64, *HALF)
+STATE = ("momentum_buffer", "master", "ema")
 SETS = 8  # of parameters with gradients that may take turns without being prepared anew
-NUMBERS = ("lr", "weight_decay", "momentum", "trust_coefficient", "max_norm")  # >= 0
+NUMBERS = ("lr", "weight_decay", "momentum", "trust_coefficient", "max_norm", "ema")  # >= 0
 
 
 class LARS(Optimizer):
@@ -36,7 +39,7 @@ class LARS(Optimizer):
     two launches; the host waits for nothing.
 
     Parameters are float32, float64, or float16 and bfloat16, of which float32 masters are kept and stepped
-    (`state[p]["master"]`, made at the first step: load a model's weights before). Gradients of float32
+    (`state[p]["master"]`; made anew from p where it was written to in place between steps). Gradients of float32
     parameters may be in half precision. `torch.amp.GradScaler` leaves unscaling, and skipping a step with
     infinities, to the step itself. A step can be captured in a CUDA graph after a first one that is not, which
     allocates what is needed; a learning rate that changes between replays must then be a tensor on the GPU.
@@ -59,7 +62,8 @@ class LARS(Optimizer):
         maximize: ascend.
 
     Raises:
-        ValueError: a negative setting, ema outside [0, 1), parameters of another dtype, a sparse gradient.
+        TypeError, ValueError: a setting that is no number, negative or infinite, ema outside [0, 1), parameters of
+            another dtype, a sparse gradient, state of another model.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of unscaling
@@ -94,13 +98,15 @@ class LARS(Optimizer):
                 if name not in ("lr", "weight_decay") or value.numel() != 1 or value.dtype not in DTYPES[:2]:
                     raise ValueError(f"{name} must be a number, or if lr or weight_decay one in a tensor, got {value}")
                 value = 0 if value.is_cuda else value.item()
-            if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be >= 0, got {settings[name]}")
-        if settings["ema"] is not None and not 0 <= settings["ema"] < 1:
+            if not (value is None and name in ("max_norm", "ema")):
+                if not isinstance(value, Real):
+                    raise TypeError(f"{name} must be a number, got {value!r}")
+                if not 0 <= float(value) < math.inf:
+                    raise ValueError(f"{name} must be >= 0, got {settings[name]}")
+        if settings["ema"] is not None and float(settings["ema"]) >= 1:
             raise ValueError(f"ema must be in [0, 1), got {settings['ema']}")
-        for name in ("max_norm", "ema"):
-            if self.param_groups and settings[name] != self.param_groups[0][name]:
-                raise ValueError(f"{name} holds for all groups, got {settings[name]} in one of them")
+        if self.param_groups:
+            _one_for_all([self.param_groups[0], settings])
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
             if p.dtype not in DTYPES:
@@ -124,6 +130,7 @@ class LARS(Optimizer):
         for g in grads:
             if g.layout is not torch.strided:
                 raise ValueError(f"LARS takes dense gradients, got a sparse one of shape {list(g.shape)}")
+        _one_for_all(self.param_groups)
         max_norm, ema = (self.param_groups[0][name] for name in ("max_norm", "ema"))
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         batches = self._batches(params, rows, ema)
@@ -151,7 +158,7 @@ class LARS(Optimizer):
             for ks in places.values():
                 members, found = [params[k] for k in ks], [self.state[params[k]] for k in ks]
                 function = self._step_function(members[0].device.type)
-                batches.append(_Batch(members, found, ks, [rows[k] for k in ks], function))
+                batches.append(_Batch(members, found, ks, [rows[k] for k in ks], function, self._versions))
             if len(self._made) == SETS:
                 del self._made[next(iter(self._made))]
             key = (*key[: 2 + 4 * len(params)], *map(id, states), *map(len, states))
@@ -163,6 +170,7 @@ class LARS(Optimizer):
     def _forget(self) -> None:
         self._made: dict[tuple[int, ...], list[_Batch]] = {}
         self._captured: list[list[_Batch]] = []
+        self._versions: dict[int, int] = {}  # of parameters with masters, as the last step left them
 
     def _prepare(self, p: Tensor, ema: float | None) -> None:
         """Give p the state that it lacks, in float32 or float64 and in p's layout."""
@@ -173,10 +181,17 @@ class LARS(Optimizer):
             state["master"] = p.detach().to(dtype, copy=True)
         if ema is not None and "ema" not in state:
             state["ema"] = p.detach().to(dtype, copy=True)
-        for name, value in state.items():
-            like = torch.empty_like(p, dtype=dtype)
-            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != like.stride():
-                state[name] = like.copy_(value)
+        if p.dtype not in HALF:
+            state.pop("master", None)
+        like = torch.empty_like(p, dtype=dtype)
+        for name in STATE:
+            value = state.get(name, like)
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"state of shape {list(value.shape)} for a parameter of shape {list(p.shape)}: of another model?"
+                )
+            if (value.dtype, value.device, value.stride()) != (dtype, p.device, like.stride()):
+                state[name] = torch.empty_like(like).copy_(value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned, from any device and any step; what is kept in float32 stays so."""
@@ -215,9 +230,16 @@ class _Batch:
     """Parameters that one call steps: of one device, all float64 or none. places: in the list of all."""
 
     def __init__(
-        self, params: list[Tensor], states: list[Any], places: list[int], groups: list[int], function: Any
+        self,
+        params: list[Tensor],
+        states: list[Any],
+        places: list[int],
+        groups: list[int],
+        function: Any,
+        versions: dict[int, int],
     ) -> None:
-        self.params, self.states, self.places, self.groups, self.function = params, states, places, groups, function
+        self.params, self.states, self.places, self.groups = params, states, places, groups
+        self.function, self.versions = function, versions
         self.device = params[0].device
         self.halves = [k for k, p in enumerate(params) if p.dtype in HALF]
         self.copies = [params[k] for k in self.halves]
@@ -235,7 +257,9 @@ class _Batch:
         """Step once; grads: of all batches, taken by `places`."""
         params = list(self.params)
         for k in self.halves:
-            params[k] = self.states[k]["master"]
+            params[k], p = self.states[k]["master"], self.params[k]
+            if self.versions.get(id(p), p._version) != p._version:  # written to since the last step
+                params[k].copy_(p)
         velocities = [state["momentum_buffer"] for state in self.states]
         averages = [state["ema"] for state in self.states] if ema is not None else []
         lrs, decays = ([self._number(group[name]) for group in param_groups] for name in ("lr", "weight_decay"))
@@ -249,6 +273,7 @@ class _Batch:
             self.copies, self.halves, scale, found_inf, max_norm, *self.workspace,
         )  # fmt: skip
         increment_version([*params, *velocities, *averages, *self.copies])
+        self.versions.update((id(p), p._version) for p in self.copies)
 
     def _number(self, value: Any) -> Tensor | None:
         """A learning rate or decay that the step reads on the device itself."""
@@ -258,6 +283,13 @@ class _Batch:
 
     def _value(self, value: Any) -> float:
         return 0.0 if self._number(value) is not None else float(value)
+
+
+def _one_for_all(groups: list[dict[str, Any]]) -> None:
+    for name in ("max_norm", "ema"):
+        for group in groups[1:]:
+            if group[name] != groups[0][name]:
+                raise ValueError(f"{name} holds for all groups, got both {groups[0][name]} and {group[name]}")
 
 
 def _to(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -276,14 +308,24 @@ def lars_param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     """The original's two groups: what is decayed and adapted, and what is neither.
 
     BatchNorm's weight and bias, every other bias, and all within a module named `head_supervised` go to the
-    second group. A group lists its members by name under "params" (and, in the optimiser, "param_names").
+    second group; other norms' weights are adapted, as all that the original's rule does not name. Frozen parameters
+    are in their group too, to be stepped once they have gradients. A group lists its members by name under "params"
+    (and, in the optimiser, "param_names"); one without members is left out.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has no parameters.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     normed = {id(p) for m in norms for p in m.parameters()}
     adapted: dict[str, Any] = {"params": [], "weight_decay": weight_decay, "adapt": True}
     plain: dict[str, Any] = {"params": [], "weight_decay": 0.0, "adapt": False}
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            excluded = id(p) in normed or "bias" in name.rpartition(".")[2] or "head_supervised" in name
-            (plain if excluded else adapted)["params"].append((name, p))
-    return [adapted, plain]
+        excluded = id(p) in normed or "bias" in name.rpartition(".")[2] or "head_supervised" in name
+        (plain if excluded else adapted)["params"].append((name, p))
+    groups = [group for group in (adapted, plain) if group["params"]]
+    if not groups:
+        raise ValueError(f"model must have parameters, got a {type(model).__name__} without any")
+    return groups
