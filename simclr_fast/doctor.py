@@ -44,10 +44,10 @@ def device() -> Finding:
 
 def extension() -> Finding:
     """The compiled C++/CUDA half of the package."""
-    from simclr_fast.optim import lars
+    from simclr_fast.optim import steps
 
-    files = [path.name for path in Path(lars.__file__).parents[1].glob("_C*.so")]
-    built = lars.extension()
+    files = [path.name for path in Path(steps.__file__).parents[1].glob("_C*.so")]
+    built = steps.extension()
     if built == "cuda":
         return Finding(OK, "simclr_fast._C, built with CUDA")
     if built:
@@ -62,8 +62,7 @@ def extension() -> Finding:
 
 def lars_step() -> Finding:
     """LARS as it would step here, against plain PyTorch in float64."""
-    from simclr_fast.optim import LARS
-    from simclr_fast.optim import lars as module
+    from simclr_fast.optim import LARS, steps
 
     target = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +80,7 @@ def lars_step() -> Finding:
             velocity.mul_(0.9).add_(decayed, alpha=float(0.5 * 1e-3 * weight.norm() / decayed.norm()))
             weight.sub_(velocity)
     error = max(float((a.cpu() - b).norm() / b.norm()) for a, b in zip(ours, truth, strict=True))
-    how = "fused" if module.extension() in ("cuda", target) else "plain PyTorch"
+    how = "fused" if steps.extension() in ("cuda", target) else "plain PyTorch"
     return _judged(error, 2e-6, f"{how} on {target}, 3 steps, relative error {error:.1e}")
 
 

@@ -39,7 +39,7 @@ def cpu_has_bf16() -> bool:
 def slower_for(loader: str) -> list[str]:
     """A sentence for each thing whose absence makes a run slower here."""
     from simclr_fast.data import engine_name
-    from simclr_fast.optim.lars import extension
+    from simclr_fast.optim.steps import extension
 
     reasons = [engine_name(loader)[1]]
     if not extension():

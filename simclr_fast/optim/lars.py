@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from simclr_fast.optim.steps import HYPER, extension, lars_reference, step_function, workspace
-
-__all__ = ["HYPER", "LARS", "extension", "lars_param_groups", "lars_reference"]
+from simclr_fast.optim.steps import HYPER, step_function, workspace
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -67,7 +65,6 @@ class LARS(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of unscaling
-
     _step_function = staticmethod(step_function)
 
     def __init__(
