@@ -11,7 +11,7 @@ import torch
 from torchvision.transforms.v2 import functional as F
 
 from simclr_fast import data
-from simclr_fast.data import Policy, engine_name, open_dataset, torchvision_engine, train_views
+from simclr_fast.data import Policy, engine_name, open_dataset, reference, train_views
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_worker_processes_change_nothing_and_leave_the_global_generator_alone(sh
 
 def test_tf_operators(vectors: Path):
     arrays = np.load(vectors / "augment.npz")
-    operators = {"contrast": torchvision_engine._contrast_tf, "saturation": torchvision_engine._saturation_tf}
+    operators = {"contrast": reference.contrast_tf, "saturation": reference.saturation_tf}
     listed = json.loads((vectors / "augment_cases.json").read_text())
     for case in (case for case in listed["ops"] if case["op"] in operators):
         x = torch.from_numpy(arrays[f"img/{case['img']}"]).permute(2, 0, 1)
@@ -82,9 +82,9 @@ def test_blur_is_torchvisions_and_tensorflows(vectors: Path):
     x = torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(0))
     for sigma in (0.1, 0.7, 2.0):
         expected = F.gaussian_blur(x, [23, 23], sigma)
-        torch.testing.assert_close(torchvision_engine._blur(x, sigma, 11, False), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reference.blur(x, sigma, 11, False), expected, atol=1e-5, rtol=0)
     arrays = np.load(vectors / "augment.npz")
     for case in json.loads((vectors / "augment_cases.json").read_text())["blur"]:
         x = torch.from_numpy(arrays[case["image"]]).float().permute(2, 0, 1)
-        got = torchvision_engine._blur(x, case["sigma"], case["taps"] // 2, True).permute(1, 2, 0)
+        got = reference.blur(x, case["sigma"], case["taps"] // 2, True).permute(1, 2, 0)
         np.testing.assert_allclose(got, arrays[case["key"]], atol=2e-6, err_msg=case["key"])

@@ -1,226 +1,200 @@
-"""From a decoded image to a view, on the CPU, compiled: crop, resize, jitter, gray, blur, flip, normalise.
+"""`augment`: views of a batch of uint8 images on the device where they are, given the parameters of each.
 
-Between resize and flip a view is planes [3, S * S], float32 in [0, 1], small enough for the cache. The operators
-are those of torchvision.transforms.v2.functional, or of TensorFlow where `tf` is set, each clamped to [0, 1].
+Registered with torch.library as `simclr_fast::augment`. One Triton kernel sums the pixels for contrast and one makes the
+views; compiled loops serve CPUs, plain PyTorch is the yardstick.
 """
 
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
-from numba import njit
+import torch
+from torch import Tensor
 
-# No fastmath: a process that compiles and one that loads the compiled code would round differently.
-_compiled = njit(cache=True, nogil=True, error_model="numpy")
-_ZERO, _ONE, _TINY = np.float32(0), np.float32(1), np.float32(1e-20)
-_RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
+from simclr_fast.data.policy import PACKED, Params, Policy
+
+BACKENDS = ("auto", "triton", "native", "reference")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_RADIUS = 24
+HAS_TRITON, HAS_NUMBA = (importlib.util.find_spec(name) is not None for name in ("triton", "numba"))
 
 
-@_compiled
-def render(out, image, row, radius, tf, mean, std):
-    """One view of an image [H, W, 3] uint8, into `out` [S, S, 3] float32.
+def augment(
+    images: Tensor,
+    params: Params | Tensor,
+    *,
+    size: int | None = None,
+    index: Tensor | None = None,
+    dialect: str = "torchvision",
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
+    blur_radius: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> Tensor:
+    """SimCLR's views of a batch of images: [crop and resize,] colour jitter, gray, blur, flip, normalise.
 
-    `row` is one of `Params.packed`, `radius` the policy's `blur_radius`; mean and std are float32 [3].
+    Each view has its own crop window, factors, order of the four colour operators, and sigma. All is clamped to [0, 1]
+    after each operator, as in torchvision (or TensorFlow, in the dialect `tf`).
+
+    Args:
+        images: uint8 [N, H, W, 3], contiguous.
+        params: of the B views, `Policy.draw`'s or float32 [B, 16] (`Params.packed`) on any device. On the images' device
+            it is used as it is, and on a GPU its values are not looked at: windows and indices are cut back to the image.
+        size: None where the images are the crops already, H = W = S, and the windows are not used; else S, the side to
+            which each window is resized (bicubic, antialiased but in `tf`). H and W may then be larger than an image.
+        index: int64 [B], the image of each view; None for one view of each image in order, B = N.
+        mean, std: of the channels, in [0, 1]; None for the dialect's (ImageNet's, or 0 and 1 in `tf`).
+        blur_radius: the blur has 2 * radius + 1 taps, at most 49; None for the policy's, 8 at 224 px.
+        dtype: of the views: float32, float16 or bfloat16; float64 with `reference`.
+        backend: `triton`; `native`, compiled for the CPU; `reference`, plain PyTorch, view by view; or `auto`: Triton on a
+            GPU, native on a CPU, reference where that is not installed.
+    Returns:
+        [B, 3, S, S] in channels_last strides.
+    Raises:
+        ValueError: an argument breaks its rule; the text names it and says what it got.
     """
-    size = out.shape[0]
-    planes = np.empty((3, size * size), np.float32)
-    _resize(planes, size, image, int(row[0]), int(row[1]), int(row[2]), int(row[3]), tf)
-    if row[5]:
-        _jitter(planes, row, tf)
-    if row[6]:
-        _gray(planes)
-    _brightness(planes, _ONE)  # clamps
-    if row[15] > 0 and radius > 0:
-        _blur(planes, size, row[15], radius, tf)
-    _store(out, planes, row[4] > 0, mean, std)
+    _require(isinstance(images, Tensor), "images must be a tensor", type(images).__name__)
+    _require(images.dtype == torch.uint8, "images must be uint8", images.dtype)
+    shaped = images.ndim == 4 and images.shape[3] == 3 and 0 not in images.shape[1:]
+    _require(shaped, "images must be [N, H, W, 3]", list(images.shape))
+    _require(images.is_contiguous(), "images must be contiguous", images.stride())
+    crop = size is not None
+    square = crop or images.shape[1] == images.shape[2]
+    _require(square, "images must be square without size: crops, resized", list(images.shape))
+    _require(not crop or 1 <= size <= 32767, "size must be in 1 to 32767, or None", size)
+    side = size if crop else images.shape[1]
+    policy = Policy(side, dialect=dialect)
+    mean, std = policy.mean if mean is None else mean, policy.std if std is None else std
+    for name, values in (("mean", mean), ("std", std)):
+        _require(len(values) == 3, f"{name} must be three numbers", values)
+    _require(all(value > 0 for value in std), "std must be positive", std)
+    radius = policy.blur_radius if blur_radius is None else blur_radius
+    _require(0 <= radius <= MAX_RADIUS, f"blur_radius must be in 0 to {MAX_RADIUS}", radius)
+    backend = _backend(backend, images.device)
+    allowed = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
+    _require(dtype in allowed, f"dtype must be one of {allowed} for backend={backend!r}", dtype)
+    rows, index = _rows(images, params, index, side, crop)
+    constants = [float(value) for value in (*mean, *std)]
+    return _augment(images, rows, index, side, crop, policy.dialect == "tf", constants, radius, dtype, backend)
 
 
-@_compiled
-def _jitter(planes, row, tf):
-    for k in range(11, 15):
-        if row[k] == 0:
-            _brightness(planes, row[7])
-        elif row[k] == 1:
-            _contrast(planes, row[8], tf)
-        elif row[k] == 2:
-            _saturation(planes, row[9], tf)
-        else:
-            _hue(planes, row[10])
+def _require(holds: bool, rule: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{rule}, got {got}")
 
 
-@_compiled
-def _clamp(x):
-    return min(max(x, _ZERO), _ONE)
+def _backend(backend: str, device: torch.device) -> str:
+    _require(backend in BACKENDS, f"backend must be one of {', '.join(BACKENDS)}", repr(backend))
+    if backend == "auto":
+        fast, there = ("triton", HAS_TRITON) if device.type == "cuda" else ("native", HAS_NUMBA)
+        return fast if there else "reference"
+    _require(backend != "native" or device.type == "cpu", "backend must not be 'native' but on the CPU", device)
+    _require(backend != "native" or HAS_NUMBA, "backend must not be 'native' where numba is not installed", backend)
+    _require(backend != "triton" or HAS_TRITON, "backend must not be 'triton' where Triton is not installed", backend)
+    return backend
 
 
-@_compiled
-def _cubic(x):
-    """Keys' kernel, a = -1/2."""
-    x = abs(x)
-    if x < 1:
-        return (1.5 * x - 2.5) * x * x + 1
-    return ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
+def _rows(
+    images: Tensor, params: Params | Tensor, index: Tensor | None, side: int, crop: bool
+) -> tuple[Tensor, Tensor]:
+    """The parameters as float32 [B, 16] and the index, checked, on the images' device."""
+    packed = torch.from_numpy(params.packed()) if isinstance(params, Params) else params
+    right = isinstance(packed, Tensor) and packed.ndim == 2 and packed.shape[1] == PACKED
+    _require(right, f"params must be Params or [B, {PACKED}]", getattr(packed, "shape", type(packed).__name__))
+    _require(packed.dtype == torch.float32, "params must be float32", packed.dtype)
+    index = torch.arange(len(images), device=images.device) if index is None else index
+    _require(index.dtype == torch.int64 and index.ndim == 1, "index must be int64 [B]", (index.dtype, index.ndim))
+    _require(len(index) == len(packed), "params must have a row for each view", (len(packed), len(index)))
+    if not torch.compiler.is_compiling():
+        if index.device.type == "cpu" and len(index):
+            inside = 0 <= int(index.min()) and int(index.max()) < len(images)
+            _require(inside, f"index must be in 0 to {len(images) - 1}", (int(index.min()), int(index.max())))
+        if packed.device.type == "cpu":
+            _check(packed.numpy(), images.shape[1:3], crop)
+    return packed.to(images.device, non_blocking=True).contiguous(), index.to(images.device, non_blocking=True)
 
 
-@_compiled
-def _taps(length, size, antialias):
-    """(first, weights): pixel i is the sum over k of weights[i, k] * input[first[i] + k]; the edge cuts taps off."""
-    scale = length / size
-    stretch = max(scale, 1.0) if antialias else 1.0
-    first = np.empty(size, np.int64)
-    weights = np.zeros((size, int(np.ceil(4 * stretch)) + 1), np.float32)
-    for i in range(size):
-        centre = scale * (i + 0.5)
-        first[i] = max(int(centre - 2 * stretch + 0.5), 0)
-        last = min(int(centre + 2 * stretch + 0.5), length)
-        total = 0.0
-        for j in range(first[i], last):
-            total += _cubic((j + 0.5 - centre) / stretch)
-        for j in range(first[i], last):
-            weights[i, j - first[i]] = _cubic((j + 0.5 - centre) / stretch) / total
-    return first, weights
+def _check(rows: np.ndarray, shape: torch.Size, crop: bool) -> None:
+    """Raises a ValueError for the first row that is no view of an image of that shape."""
+    window, flags, order, sigma = rows[:, :4], rows[:, 4:7], rows[:, 11:15], rows[:, 15]
+    rules = {
+        "finite": np.isfinite(rows).all(1),
+        "flags (columns 4-6) of 0 or 1": ((flags == 0) | (flags == 1)).all(1),
+        "an order of the operators 0 to 3 (columns 11-14)": (np.sort(order, axis=1) == np.arange(4)).all(1),
+        "a sigma (column 15) of 0 or more": sigma >= 0,
+    }
+    if crop:
+        inside = (window[:, :2] >= 0) & (window[:, 2:] >= 1) & (window[:, :2] + window[:, 2:] <= np.array(shape))
+        rules[f"a window (columns 0-3: y, x, height, width) inside the image {list(shape)}"] = inside.all(1)
+    for rule, holds in rules.items():
+        if not holds.all():
+            row = int(np.argmin(holds))
+            raise ValueError(f"params must have {rule}, got in row {row} {rows[row].tolist()}")
 
 
-@_compiled
-def _resize(planes, size, image, top, left, height, width, tf):
-    """Bicubic, of the window alone: no pixel outside it counts. Antialiased but for `tf`."""
-    tops, down = _taps(height, size, not tf)
-    lefts, across = _taps(width, size, not tf)
-    line = np.empty(width * 3, np.float32)
-    for y in range(size):
-        line[:] = _ZERO
-        for k in range(min(down.shape[1], height - tops[y])):
-            weight = down[y, k] * np.float32(1 / 255)
-            source = image[top + tops[y] + k].reshape(-1)[3 * left : 3 * (left + width)]
-            for i in range(line.size):
-                line[i] += weight * np.float32(source[i])
-        for x in range(size):
-            r, g, b = _ZERO, _ZERO, _ZERO
-            for k in range(min(across.shape[1], width - lefts[x])):
-                at = 3 * (lefts[x] + k)
-                r += across[x, k] * line[at]
-                g += across[x, k] * line[at + 1]
-                b += across[x, k] * line[at + 2]
-            planes[0, y * size + x] = r
-            planes[1, y * size + x] = g
-            planes[2, y * size + x] = b
-    if not tf:  # which clamps after the next operator only
-        _brightness(planes, _ONE)
+@torch.library.custom_op("simclr_fast::augment", mutates_args=())
+def _augment(
+    images: Tensor,
+    params: Tensor,
+    index: Tensor,
+    size: int,
+    crop: bool,
+    tf: bool,
+    constants: list[float],
+    blur_radius: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    mean, std = constants[:3], constants[3:]
+    if backend == "triton":
+        from simclr_fast.kernels import augment as kernels
+
+        numbers = torch.tensor([*mean, *(1 / value for value in std)], dtype=torch.float32)
+        numbers = numbers.to(images.device, non_blocking=True)
+        out = kernels.augment(images, params, index, size, crop, tf, numbers, blur_radius, dtype)
+    elif backend == "native":
+        out = _native(images, params, index, size, crop, tf, mean, std, blur_radius).to(dtype)
+    else:
+        out = _reference(images, params, index, size, crop, tf, mean, std, blur_radius, dtype)
+    return out.permute(0, 3, 1, 2)
 
 
-@_compiled
-def _brightness(planes, factor):
-    for c in range(3):
-        plane = planes[c]
-        for i in range(plane.size):
-            plane[i] = _clamp(factor * plane[i])
+@_augment.register_fake
+def _(images, params, index, size, crop, tf, constants, blur_radius, dtype, backend):
+    return images.new_empty(len(params), size, size, 3, dtype=dtype).permute(0, 3, 1, 2)
 
 
-@_compiled
-def _contrast(planes, factor, tf):
-    """About the mean of the gray image; in `tf` about each channel's."""
-    means = np.zeros(3, np.float32)
-    for c in range(3):
-        plane = planes[c]
-        for i in range(plane.size):
-            means[c] += plane[i]
-        means[c] /= np.float32(plane.size)
-    gray = _RED * means[0] + _GREEN * means[1] + _BLUE * means[2]
-    for c in range(3):
-        plane = planes[c]
-        shift = (_ONE - factor) * (means[c] if tf else gray)
-        for i in range(plane.size):
-            plane[i] = _clamp(factor * plane[i] + shift)
+def _native(images, params, index, size, crop, tf, mean, std, radius) -> Tensor:
+    from simclr_fast.data.render import render
+
+    out = torch.empty(len(params), size, size, 3)
+    pixels, rows, views, which = images.numpy(), params.numpy().copy(), out.numpy(), index.numpy()
+    if not crop:
+        rows[:, :4] = 0, 0, size, size
+    constants = tf, np.float32(mean), np.float32(std), radius
+
+    def share(first: int) -> None:
+        for k in range(first, len(rows), threads):
+            render(views[k], pixels[which[k]], rows[k], *constants)
+
+    threads = max(1, min(torch.get_num_threads(), len(rows)))
+    if threads == 1:
+        share(0)
+        return out
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))
+    return out
 
 
-@_compiled
-def _saturation(planes, factor, tf):
-    """Away from gray; in `tf` in HSV, whose saturation ends at 1."""
-    r, g, b = planes[0], planes[1], planes[2]
-    for i in range(r.size):
-        anchor, f = _RED * r[i] + _GREEN * g[i] + _BLUE * b[i], factor
-        if tf:
-            anchor = max(r[i], g[i], b[i])
-            f = min(factor, anchor / max(anchor - min(r[i], g[i], b[i]), _TINY))
-        r[i] = _clamp(anchor + f * (r[i] - anchor))
-        g[i] = _clamp(anchor + f * (g[i] - anchor))
-        b[i] = _clamp(anchor + f * (b[i] - anchor))
+def _reference(images, params, index, size, crop, tf, mean, std, radius, dtype) -> Tensor:
+    from simclr_fast.data.reference import view
 
-
-@_compiled
-def _hue(planes, turn):
-    """HSV's hue plus `turn`, in closed form: V - C * clamp(min(k, 4 - k)), k = (n + hue) mod 6, n = 5, 3, 1."""
-    r, g, b = planes[0], planes[1], planes[2]
-    for i in range(r.size):
-        value = max(r[i], g[i], b[i])
-        chroma = value - min(r[i], g[i], b[i])
-        inverse = _ONE / max(chroma, _TINY)
-        hue = (r[i] - g[i]) * inverse + np.float32(4)
-        hue = (b[i] - r[i]) * inverse + np.float32(2) if value == g[i] else hue
-        hue = (g[i] - b[i]) * inverse if value == r[i] else hue
-        hue += np.float32(6) * turn
-        r[i] = _channel(value, chroma, hue + np.float32(5))
-        g[i] = _channel(value, chroma, hue + np.float32(3))
-        b[i] = _channel(value, chroma, hue + _ONE)
-
-
-@_compiled
-def _channel(value, chroma, k):
-    k -= np.float32(6) * np.floor(k * np.float32(1 / 6))
-    return _clamp(value - chroma * _clamp(min(k, np.float32(4) - k)))
-
-
-@_compiled
-def _gray(planes):
-    r, g, b = planes[0], planes[1], planes[2]
-    for i in range(r.size):
-        gray = _RED * r[i] + _GREEN * g[i] + _BLUE * b[i]
-        r[i], g[i], b[i] = gray, gray, gray
-
-
-@_compiled
-def _blur(planes, size, sigma, radius, tf):
-    """Separable Gaussian; taps beyond 4 sigma, under 1e-4 of the sum, are left out."""
-    reach = min(radius, int(np.ceil(4 * sigma)))
-    weights = np.empty(2 * reach + 1, np.float32)
-    total = _ZERO
-    for k in range(weights.size):
-        weights[k] = np.exp(np.float32(-0.5) * (np.float32(k - reach) / sigma) ** 2)
-        total += weights[k]
-    for k in range(weights.size):
-        weights[k] /= total
-    scratch = np.empty((size, size), np.float32)
-    for c in range(3):
-        plane = planes[c].reshape(size, size)
-        for _ in range(2):
-            _blur_down(scratch, plane, weights, tf)
-            for y in range(size):
-                for x in range(size):
-                    plane[x, y] = scratch[y, x]
-
-
-@_compiled
-def _blur_down(out, plane, weights, tf):
-    """Down the columns; rows beyond the edge are reflected, in `tf` zero."""
-    size, reach = plane.shape[0], weights.size // 2
-    for y in range(size):
-        line = out[y]
-        line[:] = _ZERO
-        for k in range(weights.size):
-            at = abs(y + k - reach)
-            at = at if at < size else 2 * size - 2 - at
-            if tf and at != y + k - reach:
-                continue
-            source = plane[at]
-            for x in range(line.size):
-                line[x] += weights[k] * source[x]
-
-
-@_compiled
-def _store(out, planes, flip, mean, std):
-    size = out.shape[0]
-    for y in range(size):
-        line = out[y]
-        for c in range(3):
-            plane, scale = planes[c, y * size : (y + 1) * size], _ONE / std[c]
-            if flip:
-                plane = plane[::-1]
-            for x in range(size):
-                line[x, c] = (plane[x] - mean[c]) * scale
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.empty(len(params), size, size, 3, dtype=dtype, device=images.device)
+    for k, (row, which) in enumerate(zip(params.tolist(), index.tolist(), strict=True)):
+        image = images[which].permute(2, 0, 1).to(exact) / 255
+        out[k] = view(image, row, size, crop, tf, mean, std, radius).permute(1, 2, 0)
+    return out

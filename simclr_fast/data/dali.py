@@ -1,6 +1,6 @@
 """The fast engine: NVIDIA DALI decodes each image once, compiled code makes its views, both ahead of the consumer.
 
-On a CPU, DALI's bicubic resize is slower than `augment.render`'s, and its colour operator is not
+On a CPU, DALI's bicubic resize is slower than `render`'s, and its colour operator is not
 ColorJitter; so the graph ends with the decoder.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
 
-from simclr_fast.data.augment import render
+from simclr_fast.data.render import render
 from simclr_fast.data.policy import Batch, Policy
 from simclr_fast.data.sources import Split
 
@@ -27,8 +27,8 @@ def run(
 ) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
     """Make what is planned for each step: (views, indices), as `train_views` gives them."""
     workers = max(1, workers)
-    mean, std = (np.array(values, np.float32) for values in (policy.mean, policy.std))
-    constants = policy.blur_radius, policy.dialect == "tf", mean, std
+    tf, mean, std, radius = policy.constants
+    constants = tf, np.float32(mean), np.float32(std), radius
     planned: deque[Batch] = deque()
     waiting: deque[tuple[list[torch.Tensor], np.ndarray, list[Future]]] = deque()
     with ThreadPoolExecutor(workers) as pool:

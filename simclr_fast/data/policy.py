@@ -19,6 +19,7 @@ TF_MIN_COVERED = 0.1  # min_object_covered of the original, which overrules its 
 TEST_CROP = 0.875  # part of the shorter side that the central crop keeps
 MAX_UNCROPPED = 32  # sides up to which the central crop is the whole square, as in the original
 SIGMAS = (0.1, 2.0)
+PACKED = 16  # numbers that describe a view
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ORDER_STREAM = 2**32  # stands where the epoch stands, so that an order shares no numbers with the views
@@ -128,8 +129,16 @@ class Policy:
 
     @property
     def blur_radius(self) -> int:
-        """The blur has 2 * radius + 1 taps: 23 at 224 pixels, 9 at 96, 3 at 32."""
-        return self.size // 10 // 2
+        """The blur has 2 * radius + 1 taps: 3 at 32 pixels, 9 at 96, 17 at 224.
+
+        The original has a tenth of the side, 23 at 224; those over 4 sigma hold less than 1e-4 of the sum.
+        """
+        return min(self.size // 10 // 2, int(4 * SIGMAS[1]))
+
+    @property
+    def constants(self) -> tuple[bool, tuple[float, float, float], tuple[float, float, float], int]:
+        """What all views have in common beside their size: (whether the dialect is tf, mean, std, blur radius)."""
+        return self.dialect == "tf", self.mean, self.std, self.blur_radius
 
     def draw(self, seed: int, epochs: np.ndarray, indices: np.ndarray, view: int, sizes: np.ndarray) -> Params:
         """Parameters of a view (0 or 1) of images `indices` [B] in `epochs` [B]; `sizes` [B, 2] is height, width."""

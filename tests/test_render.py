@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-augment = pytest.importorskip("simclr_fast.data.augment", reason="needs numba")
+render = pytest.importorskip("simclr_fast.data.render", reason="needs numba")
 
 IDENTITY, UNIT = np.zeros(3, np.float32), np.ones(3, np.float32)
 
@@ -33,18 +33,18 @@ def row(
 def view(pixels: np.ndarray, size: int, tf: bool = False, radius: int = 0, **params) -> np.ndarray:
     out = np.full((size, size, 3), np.nan, np.float32)
     params.setdefault("window", (0, 0, *pixels.shape[:2]))
-    augment.render(out, pixels, row(**params), radius, tf, IDENTITY, UNIT)
+    render.render(out, pixels, row(**params), tf, IDENTITY, UNIT, radius)
     return out
 
 
 def test_tf_colour_operators(cases):
     listed, arrays = cases
     operators = {
-        "brightness_mul": augment._brightness,
-        "contrast": lambda x, f: augment._contrast(x, f, True),
-        "saturation": lambda x, f: augment._saturation(x, f, True),
-        "hue": augment._hue,
-        "gray": lambda x, _: augment._gray(x),
+        "brightness_mul": render._brightness,
+        "contrast": lambda x, f: render._contrast(x, f, True),
+        "saturation": lambda x, f: render._saturation(x, f, True),
+        "hue": render._hue,
+        "gray": lambda x, _: render._gray(x),
     }
     checked = [case for case in listed["ops"] if case["op"] in operators]
     assert len(checked) == 42
@@ -62,7 +62,7 @@ def test_tf_jitter_in_the_given_order(cases):
     for case in checked:
         source = arrays[f"img/{case['img']}"]
         x = planes(source)
-        augment._jitter(x, row((0, 0, 1, 1), factors=case["values"], order=case["order"]), True)
+        render._jitter(x, row((0, 0, 1, 1), factors=case["values"], order=case["order"]), True)
         np.testing.assert_allclose(image(x, source), arrays[case["key"]], atol=5e-6, err_msg=case["key"])
 
 
@@ -72,7 +72,7 @@ def test_tf_blur(cases):
         source = arrays[case["image"]]
         x = planes(source)
         if case["taps"] > 1:
-            augment._blur(x, len(source), np.float32(case["sigma"]), case["taps"] // 2, True)
+            render._blur(x, len(source), np.float32(case["sigma"]), case["taps"] // 2, True)
         np.testing.assert_allclose(image(x, source), arrays[case["key"]], atol=1e-4, err_msg=case["key"])
 
 
@@ -83,7 +83,7 @@ def test_tf_resize_to_the_edge(cases):
     for case in checked:
         source, expected = arrays[case["image"]], arrays[case["key"]]
         for axis, length in enumerate(source.shape[:2]):
-            first, weights = augment._taps(length, case["out"][axis], False)
+            first, weights = render._taps(length, case["out"][axis], False)
             dense = np.zeros((case["out"][axis], length + weights.shape[1]))
             for i, start in enumerate(first):
                 dense[i, start : start + weights.shape[1]] = weights[i]
@@ -115,5 +115,5 @@ def test_zero_or_reflected_border_of_the_blur():
 def test_mean_and_std():
     out = np.empty((8, 8, 3), np.float32)
     gray = np.full((8, 8, 3), 51, np.uint8)
-    augment.render(out, gray, row((0, 0, 8, 8)), 0, False, np.float32([0.1, 0.2, 0.3]), np.float32([0.5, 1, 2]))
+    render.render(out, gray, row((0, 0, 8, 8)), False, np.float32([0.1, 0.2, 0.3]), np.float32([0.5, 1, 2]), 0)
     np.testing.assert_allclose(out[3, 3], [0.2, 0, -0.05], atol=1e-6)
