@@ -8,8 +8,8 @@ A row of `params` is one view, 16 numbers (simclr_fast.data.policy, `Params.pack
 `mean_kernel` applies what comes before contrast and sums the pixels, `view_kernel` applies everything. An image is read
 once by each, and the first passes over those without jitter. R, G, B are in [0, 1]; S is the side of a view.
 
-The blur is two products with a banded matrix for every tile of BLOCK x BLOCK pixels, of which HALO at each side are read
-and belong to the neighbours. Where a view is not blurred a program takes every tiles-th of its pixels instead.
+The blur is two products with a banded matrix for every tile of BLOCK x BLOCK pixels, of which HALO at each side
+belong to the neighbours. Where a view is not blurred a program takes every tiles-th chunk of its pixels instead.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _image(image_ptr, index_ptr, view, N, H, W):
 
 @triton.jit
 def _taps(i, length, S, TF: tl.constexpr):
-    """Of pixels i of a resized axis: the centre, the first and the end of their taps; and how much a tap is stretched."""
+    """Of pixels i of a resized axis: the centre, first and end of their taps, and how much a tap is stretched."""
     scale = length / S
     stretch = 1.0 if TF else tl.maximum(scale, 1.0)
     centre = scale * (i.to(tl.float32) + 0.5)
@@ -74,7 +74,7 @@ def _weight(at, centre, end, stretch):
 
 @triton.jit
 def _resized(image_ptr, row_ptr, y, x, exists, H, W, S, TF: tl.constexpr):
-    """Pixels (y, x) of the window resized to S x S, bicubic, antialiased but for TF. Taps beyond the edge are left out."""
+    """Pixels (y, x) of the window resized to S x S, bicubic, antialiased but for TF; no taps beyond its edge."""
     top, height = _segment(tl.load(row_ptr), tl.load(row_ptr + 2), H)
     left, width = _segment(tl.load(row_ptr + 1), tl.load(row_ptr + 3), W)
     y_centre, y_first, y_end, y_stretch = _taps(y, height, S, TF)
@@ -321,7 +321,6 @@ def augment(
     out = torch.empty(B, size, size, 3, dtype=dtype, device=images.device)
     chunks = triton.cdiv(size * size, CHUNK)
     sums = torch.empty(B, chunks, 3, dtype=torch.float32, device=images.device)
-    halo = min(halo, size - 1)  # so that a reflection stays inside
     tiles = max(triton.cdiv(size, BLOCK - 2 * halo) ** 2 if halo else 0, chunks)
     for first in range(0, B, MAX_VIEWS):
         part = slice(first, first + MAX_VIEWS)

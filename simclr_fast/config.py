@@ -17,7 +17,10 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the text names the setting, the rule and what was given."""
 
 
-NEUTRAL = ("preset", "gpus", "ranks", "workers", "out", "resume", "config")
+NEUTRAL = (
+    *("preset", "gpus", "ranks", "workers", "out", "resume", "config"),
+    *("download", "tolerate_unreadable", "input_memory", "tune_input"),
+)
 """Fields that cannot change the result: they never count as other settings."""
 
 
@@ -27,7 +30,13 @@ class Config:
 
     data: str = "shapes"
     """Images: a folder (train/CLASS/*.jpg and test/, class folders, or flat), a tar file, a folder of tars, a list
-    file, or `shapes`, the embedded demonstration set."""
+    file, `shapes`, the embedded demonstration set, or torchvision's name of a set: cifar10, stl10, food101, ..."""
+
+    download: bool = False
+    """Fetch a data set of torchvision's that is not there yet."""
+
+    tolerate_unreadable: float = 0.05
+    """Share of the images that may be unreadable; they are skipped and listed in the run's skipped.tsv."""
 
     method: str = "simclr"
     """Training method, one of the files in simclr_fast/methods."""
@@ -65,7 +74,8 @@ class Config:
     """Processes on the CPU, with --gpus 0."""
 
     workers: int | None = None
-    """Threads (DALI) or processes (torchvision) that prepare images, for each rank. Without it: one for each core."""
+    """Threads (processes for torchvision) that prepare images, for each rank. Without it: what --tune-input found
+    once, or one for each core."""
 
     out: str | None = None
     """Folder of the run. Without it: runs/NAME, NAME being data, arch and a hash of the settings."""
@@ -76,8 +86,16 @@ class Config:
     config: str | None = None
     """A config.json to repeat, in a folder of its own unless --out says otherwise; other flags override it."""
 
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes and augments: DALI, or torchvision where DALI cannot be had."""
+    loader: Literal["auto", "dali", "torchvision", "resident"] = "auto"
+    """What makes the views. `resident` holds all pixels on the device; `auto` is that for images of up to 128 px that
+    fit, else DALI, or torchvision where DALI cannot be had."""
+
+    input_memory: int = 1024
+    """Bound of the decoded images that DALI holds at a time, MiB for each rank (on the GPU, if it decodes there)."""
+
+    tune_input: bool = False
+    """Measure which number of threads, and on a GPU which share of its decoder engines, is fastest (half a minute).
+    The result is remembered for this machine and used by later runs too."""
 
     dialect: Literal["torchvision", "tf"] = "torchvision"
     """Whose definitions the crop, the colour operators and the blur follow: torchvision's or the original's."""
@@ -107,6 +125,8 @@ class Config:
             self._require(name, getattr(self, name) > 0, "positive")
         for name in ("gpus", "workers"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
+        self._require("tolerate_unreadable", 0 <= self.tolerate_unreadable <= 1, "a share, 0 to 1")
+        self._require("input_memory", self.input_memory >= 64, "at least 64 (MiB)")
         self._require("min_area", 0 < self.min_area <= 1, "in (0, 1]")
         self._require("blur", 0 <= self.blur <= 1, "a probability")
         self._require("jitter", 0 <= self.jitter <= 1.25, "in [0, 1.25]")

@@ -46,12 +46,15 @@ class Probe:
             engine,
         )
         self.train, self.test = dataset.train, dataset.test
-        self.bank = np.unique(np.linspace(0, len(self.train) - 1, min(BANK, len(self.train))).astype(np.int64))
+        labels = self.train.labels
+        known = np.arange(len(self.train)) if labels is None else np.flatnonzero(labels >= 0)
+        self.bank = known[np.unique(np.linspace(0, len(known) - 1, min(BANK, len(known))).astype(np.int64))]
 
     @property
     def labelled(self) -> bool:
         """Whether there are labels and test images, and so an accuracy."""
-        return self.train.labels is not None and self.test is not None and self.test.labels is not None
+        test = self.test
+        return self.train.labels is not None and len(self.bank) > 0 and test is not None and test.labels is not None
 
     @property
     def note(self) -> str:
@@ -117,7 +120,8 @@ class Probe:
         return found
 
     def _label(self, split: Split, index: int) -> str | None:
-        return None if split.labels is None else self.dataset.classes[int(split.labels[index])]
+        label = -1 if split.labels is None else int(split.labels[index])
+        return self.dataset.classes[label] if label >= 0 else None
 
     def _images(self, split: Split, indices: np.ndarray) -> Any:
         return eval_images(split, self.policy, batch=EVAL_BATCH, indices=indices, **self._engine)

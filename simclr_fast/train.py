@@ -24,7 +24,18 @@ from torch import Tensor, nn
 from simclr_fast import checkpoint, methods, report
 from simclr_fast.cli import parse, saved_settings
 from simclr_fast.config import ConfigError
-from simclr_fast.data import DataError, Dataset, Policy, engine_name, open_dataset, train_views
+from simclr_fast.data import (
+    DataError,
+    Dataset,
+    Policy,
+    Settings,
+    choose,
+    engine_name,
+    open_dataset,
+    train_views,
+    write_skipped,
+)
+from simclr_fast.data.tune import Waits, prepared
 from simclr_fast.distributed import (
     Ranks,
     data_parallel,
@@ -52,11 +63,13 @@ class Run:
         self.policy = Policy(
             cfg.image_size, dialect=cfg.dialect, min_area=cfg.min_area, jitter_strength=cfg.jitter, blur_p=cfg.blur
         )
-        workers = ranks.threads if cfg.workers is None else cfg.workers
-        self.engine: dict[str, Any] = {"workers": workers, "device": ranks.device, "engine": cfg.loader}
+        self.input, self.input_engine, self.input_note = self._input()
+        self.engine: dict[str, Any] = {"settings": self.input, "device": ranks.device, "engine": cfg.loader}
         fast_bf16 = ranks.device.type == "cuda" or cpu_has_bf16()
         self.precision = ("bf16" if fast_bf16 else "fp32") if cfg.precision == "auto" else cfg.precision
         self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        on_gpu = ranks.device.type == "cuda" and self.precision == "bf16"
+        self._views = torch.bfloat16 if on_gpu else torch.float32  # what the first convolution takes
         self.probe = Probe(dataset, self.policy, ranks.sharded, self.autocast, self.engine)
 
         self.total = total_steps(self.images, cfg.epochs, cfg.batch)
@@ -69,7 +82,7 @@ class Run:
         self.method.to(ranks.device, memory_format=torch.channels_last)
         groups = lars_param_groups(self.method, cfg.weight_decay)
         self.optimizer = LARS(groups, lr=peak, trust_coefficient=cfg.trust_coefficient)
-        self.step, self.best = 0, -math.inf
+        self.step, self.best, self.advice = 0, -math.inf, ""
         if state:
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -81,6 +94,25 @@ class Run:
             self.method.group = ranks.group
             global_batchnorm(self.method, ranks.device)
             self.model = data_parallel(self.method)
+
+    def _input(self) -> tuple[Settings, str, str]:
+        """How images are prepared, which changes none of them; the engine; and a sentence that says both."""
+        cfg, ranks, split = self.cfg, self.ranks, self.dataset.train
+        try:
+            engine, note = choose(cfg.loader, split, ranks.device, ranks.world)
+        except ValueError as error:
+            raise ConfigError(f"loader: {error}") from error
+        settings = Settings(ranks.threads, memory_mib=cfg.input_memory, ranks=ranks.world)
+        if cfg.workers is not None:
+            settings = dataclasses.replace(settings, workers=cfg.workers)
+        elif ranks.main or not cfg.tune_input:
+            data = split, self.policy, cfg.batch // ranks.world, ranks.device, cfg.loader
+            settings = prepared(settings, *data, measure=cfg.tune_input)
+        if cfg.tune_input:
+            workers, hardware = ranks.from_main(lambda: (settings.workers, settings.hardware))
+            settings = dataclasses.replace(settings, workers=workers, hardware=hardware)
+        kind = "processes" if engine == "torchvision" else "threads"
+        return settings, engine, f"{note}; {settings.workers} {kind} a rank"
 
     @property
     def chance_loss(self) -> float:
@@ -100,12 +132,13 @@ class Run:
         views = iter(
             train_views(
                 self.dataset.train, self.policy, batch=cfg.batch, seed=cfg.seed, start_step=self.step,
-                steps=self.total - self.step, rank=self.ranks.rank, world=self.ranks.world, **self.engine,
+                steps=self.total - self.step, rank=self.ranks.rank, world=self.ranks.world, dtype=self._views,
+                **self.engine,
             )
         )  # fmt: skip
         recent: list[Tensor] = []
         epoch_losses: list[float] = []
-        began, waited = time.monotonic(), 0.0
+        began, waited, waits = time.monotonic(), 0.0, Waits(self.input)
         while self.step < self.total:
             asked = time.monotonic()
             view1, view2, _ = next(views)
@@ -115,6 +148,7 @@ class Run:
             if not epoch and self.step % log_every:
                 continue
             entry = self._entry(recent, time.monotonic() - began, waited)
+            waits.add(time.monotonic() - began, waited)
             epoch_losses.append(entry["loss"])
             score = -sum(epoch_losses) / len(epoch_losses)
             if epoch and self.probe.labelled:
@@ -127,6 +161,9 @@ class Run:
                 self._save(epoch, score)
                 epoch_losses = []
             recent, began, waited = [], time.monotonic(), 0.0
+        self.advice = waits.advice(self.input_engine, self.ranks.device)
+        if self.advice:
+            progress.say(self.advice)
 
     def _train_step(self, views: Tensor) -> Tensor:
         """One step on this rank's views; [loss, contrastive top-1] of its rows, still on the device."""
@@ -190,7 +227,7 @@ class Run:
         page = report.Run(
             title=self.folder.name, settings=self.cfg.settings(), versions=versions(), metrics=recorder.records,
             chance_loss=self.chance_loss, knn=accuracies, knn_note=self.probe.note,
-            notes=slower_for(self.cfg.loader), **pictures,
+            notes=[note for note in (*slower_for(self.cfg.loader), self.advice) if note], **pictures,
         )  # fmt: skip
         report.write_report(self.folder / "report.html", page)
         recorder.write(last | {"knn": accuracies, "finished": True})
@@ -252,7 +289,7 @@ def prepare(cfg: Any, world: int, threads: int) -> Dataset:
         engine_name(cfg.loader)
     except ValueError as error:
         raise ConfigError(f"loader: {error}") from error
-    dataset = open_dataset(cfg.data, workers=threads)
+    dataset = open_dataset(cfg.data, workers=threads, download=cfg.download, tolerate=cfg.tolerate_unreadable)
     images = len(dataset.train)
     if cfg.batch > images:
         raise ConfigError(f"batch must be at most the number of training images, {images}, got batch={cfg.batch}")
@@ -267,6 +304,7 @@ def train(cfg: Any, ranks: Ranks) -> None:
         ranks.from_main(lambda: stack.enter_context(claimed(folder)))
         state, lines, finished = ranks.from_main(lambda: take_up(cfg, folder, len(dataset.train)))
         progress = Progress(speak=ranks.main)
+        ranks.from_main(lambda: write_skipped(folder / "skipped.tsv", dataset))
         for line in lines:
             progress.say(line)
         if finished:
@@ -296,7 +334,8 @@ def introduction(run: Run) -> list[str]:
     ]
     if data.skipped:
         name, reason = data.skipped[0]
-        lines.append(f"skipped {len(data.skipped):,} that cannot be read, the first {name}: {reason}")
+        listed = cfg.folder() / "skipped.tsv"
+        lines.append(f"skipped {len(data.skipped):,} that cannot be used, the first {name}: {reason}; all in {listed}")
     parameters = sum(p.numel() for p in run.method.parameters())
     lines.append(
         f"{cfg.arch} x {cfg.width:g}, {parameters / 1e6:.2f} M parameters, {cfg.image_size} px, on {device_name()}"
@@ -307,7 +346,7 @@ def introduction(run: Run) -> list[str]:
     )
     if run.schedule.warmup_steps >= run.total:
         lines.append("all of this run is warm-up: give more --epochs, or fewer --warmup-epochs")
-    return lines + [line for line in (run.probe.note, *slower_for(cfg.loader)) if line]
+    return lines + [line for line in (run.input_note, run.probe.note, *slower_for(cfg.loader)) if line]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The DALI engine: the same stream however it is cut, and the views of the torchvision engine."""
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from simclr_fast.data import Dataset, Policy, engine_name, eval_images, open_dataset, train_views
+from simclr_fast.data import (
+    DataError,
+    Dataset,
+    Policy,
+    Settings,
+    _train_batch,
+    engine_name,
+    eval_images,
+    open_dataset,
+    train_views,
+)
 
 if engine_name("auto")[0] != "dali":
     pytest.skip(engine_name("auto")[1], allow_module_level=True)
+
+from nvidia.dali import Pipeline
+
+from simclr_fast.data import dali
 
 KINDS = {
     "rgb.jpg": ("RGB", "JPEG", {}),
@@ -118,13 +133,32 @@ def test_chosen_images_come_in_order_and_the_last_batch_is_short(photos: Dataset
     assert not list(eval_images(photos.train, Policy(32), batch=2, engine="dali", indices=np.array([], int)))
 
 
-def test_a_file_that_vanishes_is_named(tmp_path: Path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
-    data = open_dataset(str(tmp_path))
-    (tmp_path / "b.png").unlink()
-    with pytest.raises((OSError, RuntimeError), match=r"b\.png"):
-        list(train_views(data.train, Policy(8), batch=2, seed=0, start_step=0, steps=2, engine="dali"))
+@pytest.mark.parametrize("dialect", ["torchvision", "tf"])
+def test_graph_that_crops_as_on_a_gpu(photos: Dataset, dialect: str):
+    """On a GPU, DALI crops and resizes to uint8 and `augment` does the rest: the same graph, run on the CPU."""
+    policy = Policy(64, dialect=dialect, blur_p=0, jitter_strength=0, gray_p=0)
+    plan, float32 = partial(_train_batch, photos.train, policy, 24, 0, 0, 1), torch.float32
+    here = photos.train, policy, range(2), plan, torch.device("cpu"), float32, Settings(2, memory_mib=8)
+    cropped, rendered = (list(dali.run(*here, crops=crops)) for crops in (True, False))
+    std = torch.tensor(policy.std).view(3, 1, 1)
+    for (views, indices), (others, same) in zip(cropped, rendered, strict=True):
+        assert np.array_equal(indices, same)
+        for view, other in zip(views, others, strict=True):
+            assert view.is_contiguous(memory_format=torch.channels_last)
+            levels = 255 * std * (view - other).abs()
+            # Rounded to whole levels. Beyond the edge of a crop DALI repeats pixels, where the others have no taps.
+            assert levels[..., 2:-2, 2:-2].max() < 1
+            assert levels.mean() < 0.4
+            assert levels.max() < 20
+
+
+def test_what_dali_cannot_decode_is_an_error_that_helps(photos: Dataset, monkeypatch: pytest.MonkeyPatch):
+    def fail(self):
+        raise RuntimeError("nvImageCodec failed\nmore")
+
+    monkeypatch.setattr(Pipeline, "run", fail)
+    with pytest.raises(DataError, match=r"cannot in step 0: --loader torchvision does without it \(nvImageCodec"):
+        views(photos, steps=1)
 
 
 def test_stopping_early_leaves_no_thread(photos: Dataset):

@@ -1,6 +1,7 @@
 """What is found in folders, tars and lists, and what is refused or left out."""
 
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -9,36 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_fast.data import sources
-from simclr_fast.data.sources import DataError, open_dataset
+from simclr_fast.data import eval_images, samples, scan
+from simclr_fast.data.policy import Policy
+from simclr_fast.data.sources import KNOWN, DataError, Dataset, Split, open_dataset, write_skipped
+from tests.images_common import encoded, fill, pack
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def encoded(size: tuple[int, int] = (12, 9), mode: str = "RGB", kind: str = "JPEG", **options) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def fill(root: Path, *names: str, content: bytes | None = None) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(encoded() if content is None else content)
-    return root
-
-
-def pack(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return path
 
 
 def test_train_and_test_folders(tmp_path: Path):
@@ -135,7 +115,8 @@ def test_tar_cut_short_keeps_its_whole_members(tmp_path: Path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("shaeps", "must be an existing path or one of shapes, got 'shaeps'; did you mean 'shapes'"),
+        ("shaeps", "must be an existing path or one of shapes, cifar10.* got 'shaeps'; did you mean 'shapes'"),
+        ("cifar_10", "did you mean 'cifar10'"),
         ("nowhere/at/all", "must be an existing path"),
         ("empty", "must hold images .* found none in"),
         ("corrupt", "can be read, all 2 in .* fail; a.jpg: it has zero bytes"),
@@ -150,22 +131,6 @@ def test_unusable_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     fill(tmp_path, "one.jpg", "set.tar.gz")
     with pytest.raises(DataError, match=message):
         open_dataset(spec)
-
-
-def test_checked_files_are_not_decoded_again_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    root = fill(tmp_path / "set", "a.jpg", "b.jpg")
-    monkeypatch.setattr(sources, "CACHED_FROM", 2)
-    first = open_dataset(str(root))
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "_check", lambda sample: pytest.fail("decoded again"))
-        again = open_dataset(str(root))
-    assert again.train.names == first.train.names
-    np.testing.assert_array_equal(again.train.sizes, first.train.sizes)
-    fill(root, "b.jpg", content=b"")
-    assert len(open_dataset(str(root)).skipped) == 1
-    cache = next((tmp_path / "cache").rglob("checked-*"))
-    cache.write_text("garbage")
-    assert len(open_dataset(str(root)).train) == 1
 
 
 def test_the_sample_sets(shared: Path, tmp_path: Path):
@@ -206,8 +171,8 @@ def test_images_named_like_a_part_stay_in_their_tar(tmp_path: Path):
 
 
 def test_a_list_that_is_not_text(tmp_path: Path):
-    (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\n")
-    with pytest.raises(DataError, match="UTF-8"):
+    (tmp_path / "list.txt").write_bytes("a.jpg\n".encode("utf-16"))
+    with pytest.raises(DataError, match="must be UTF-8 text, got NUL bytes"):
         open_dataset(str(tmp_path / "list.txt"))
 
 
@@ -215,3 +180,124 @@ def test_a_link_to_a_folder_above_is_followed_once(tmp_path: Path):
     root = fill(tmp_path / "data", "a/1.jpg", "b/2.jpg")
     (root / "b" / "up").symlink_to(root)
     assert len(open_dataset(str(root)).train) == 2
+
+
+def test_names_that_are_not_utf8_are_read_and_shown_with_escapes(tmp_path: Path):
+    raw = os.fsdecode(b"caf\xe9")
+    root = tmp_path / "data"
+    fill(root / raw, "1.jpg")
+    fill(root / "b", os.fsdecode(b"\xff.jpg"))
+    fill(root / raw, "2.jpg", content=b"no")
+    (tmp_path / "list.txt").write_bytes(b"data/caf\xe9/1.jpg\tcaf\xe9\ndata/b/\xff.jpg\tb\n")
+    data = open_dataset(str(root))
+    assert (data.classes, data.train.names) == (("b", "caf\\xe9"), ["b/\\xff.jpg", "caf\\xe9/1.jpg"])
+    assert data.skipped == (("caf\\xe9/2.jpg", "it is not an image"),)
+    assert data.train.read(0).tobytes() == encoded()
+    json.dumps([data.train.names, data.skipped], ensure_ascii=False).encode()
+    assert open_dataset(str(tmp_path / "list.txt")).classes == ("b", "caf\\xe9")
+
+
+def test_folders_that_cannot_be_listed_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = fill(tmp_path / "data", "a/1.jpg", "b/2.jpg", "c/3.jpg")
+    listed = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # not by its mode, which does not bind root
+    data = open_dataset(str(root))
+    assert data.train.names == ["a/1.jpg", "c/3.jpg"]
+    ((name, reason),) = data.skipped
+    assert name == "b/"
+    assert "Permission denied" in reason
+
+
+def hundred(tmp_path: Path, bad: int) -> Path:
+    fill(tmp_path / "set", *(f"train/{k:03d}.jpg" for k in range(80)), *(f"test/{k:03d}.jpg" for k in range(20)))
+    return fill(tmp_path / "set", *(f"test/{k:03d}.jpg" for k in range(bad)), content=b"")
+
+
+def test_five_in_a_hundred_may_be_unreadable(tmp_path: Path):
+    data = open_dataset(str(hundred(tmp_path, 5)))
+    assert data.test is not None
+    assert (len(data.train), len(data.test), len(data.skipped)) == (80, 15, 5)
+
+
+def test_more_are_refused_and_it_says_what_to_do(tmp_path: Path):
+    root = str(hundred(tmp_path, 6))
+    with pytest.raises(
+        DataError, match=r"at most 5 % .* got 6 of 100 .* first test/000.jpg: it has zero bytes"
+    ) as error:
+        open_dataset(root)
+    assert "--tolerate-unreadable (0.07)" in str(error.value)
+    assert len(open_dataset(root, tolerate=0.07).skipped) == 6
+
+
+def test_of_fewer_than_twenty_any_number_may_be_unless_none_is_tolerated(tmp_path: Path):
+    root = fill(fill(tmp_path / "set", "1.jpg"), "2.jpg", "3.jpg", content=b"")
+    assert len(open_dataset(str(root)).train) == 1
+    with pytest.raises(DataError, match="at most 0 %"):
+        open_dataset(str(root), tolerate=0)
+    with pytest.raises(DataError, match="tolerate must be a share"):
+        open_dataset(str(root), tolerate=5)
+
+
+def test_what_was_skipped_is_written_line_by_line(tmp_path: Path):
+    root = fill(fill(tmp_path / "set", "1.jpg"), "a\tb\n.jpg", content=b"")
+    data, path = open_dataset(str(root)), tmp_path / "run" / "skipped.tsv"
+    write_skipped(path, data)
+    assert path.read_text() == "a\\tb\\n.jpg\tit has zero bytes\n"
+    assert [file.name for file in path.parent.iterdir()] == ["skipped.tsv"]
+    write_skipped(path, Dataset("set", data.train, None, (), ()))
+    assert not path.exists()
+    write_skipped(path, Dataset("set", data.train, None, (), ()))
+
+
+@pytest.mark.parametrize("engine", ["auto", "torchvision"])
+def test_pixels_are_read_as_they_are(engine: str):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    sizes = np.full((5, 2), 8)
+    split = Split(list("abcde"), ["x"] * 5, np.zeros(5, int), np.zeros(5, int), sizes, np.full(5, -1), pixels)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(split.read(3).tobytes()))), pixels[3])
+    policy = Policy(8)
+    ((images, indices),) = eval_images(split, policy, batch=5, workers=0, engine=engine)
+    shown = images.permute(0, 2, 3, 1).numpy() * np.array(policy.std) + np.array(policy.mean)
+    np.testing.assert_allclose(255 * shown, pixels[indices], atol=0.02)
+
+
+def test_a_file_that_has_become_shorter_is_not_read(tmp_path: Path):
+    split = open_dataset(str(fill(tmp_path / "set", "1.jpg"))).train
+    os.truncate(tmp_path / "set" / "1.jpg", 100)
+    with pytest.raises(OSError, match=r"1\.jpg is shorter than"):
+        split.read(0)
+
+
+def test_known_names_are_text_and_shapes_is_first():
+    assert KNOWN[0] == "shapes"
+    assert {"cifar10", "cifar100", "stl10", "food101"} < set(KNOWN)
+
+
+def test_nothing_is_printed_or_left_over_for_a_small_set(tmp_path: Path, capfd: pytest.CaptureFixture):
+    open_dataset(str(fill(tmp_path / "set", "1.jpg")))
+    assert capfd.readouterr() == ("", "")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_where_the_search_and_the_check_take_long_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(samples.Ticker, "due", lambda self: True)
+    fill(fill(tmp_path / "set", "1.jpg"), "2.jpg", content=b"")
+    open_dataset(str(tmp_path / "set"))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "finding images: 1"
+    assert lines[-1].startswith("checking images: 2 of 2, ")
+    assert lines[-1].endswith(" images/s, 0:00:00 left, 1 unreadable")
+
+
+def test_a_full_disk_costs_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert len(open_dataset(str(fill(tmp_path / "set", "1.jpg"))).train) == 1

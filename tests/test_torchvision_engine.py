@@ -10,8 +10,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from simclr_fast import data
-from simclr_fast.data import Policy, engine_name, open_dataset, reference, train_views
+from simclr_fast.data import Policy, engine_name, engines, open_dataset, reference, train_views
 
 
 @pytest.fixture
@@ -26,9 +25,9 @@ def no_dali(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(builtins, "__import__", fake)
     monkeypatch.delitem(sys.modules, "simclr_fast.data.dali", raising=False)
-    data._dali_fault.cache_clear()
+    engines._dali_fault.cache_clear()
     yield
-    data._dali_fault.cache_clear()
+    engines._dali_fault.cache_clear()
 
 
 @pytest.mark.usefixtures("no_dali")
@@ -42,7 +41,7 @@ def test_without_dali_auto_is_torchvision_and_says_why():
 
 
 def test_unknown_engine_is_refused():
-    with pytest.raises(ValueError, match="engine must be one of auto, dali, torchvision, got 'ffcv'"):
+    with pytest.raises(ValueError, match="engine must be one of auto, dali, torchvision, resident, got 'ffcv'"):
         engine_name("ffcv")
 
 
@@ -70,7 +69,7 @@ def test_worker_processes_change_nothing_and_leave_the_global_generator_alone(sh
 
 def test_tf_operators(vectors: Path):
     arrays = np.load(vectors / "augment.npz")
-    operators = {"contrast": reference.contrast_tf, "saturation": reference.saturation_tf}
+    operators = {"contrast": reference.contrast_tf, "saturation": reference.saturation_tf, "hue": reference.hue_tf}
     listed = json.loads((vectors / "augment_cases.json").read_text())
     for case in (case for case in listed["ops"] if case["op"] in operators):
         x = torch.from_numpy(arrays[f"img/{case['img']}"]).permute(2, 0, 1)

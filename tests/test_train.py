@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from simclr_fast import checkpoint, train
+from simclr_fast.data import tune
 from simclr_fast.record import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,8 +244,47 @@ def test_bad_files_among_good_ones_are_counted_and_named(images, tmp_path, capsy
         (folder / f"{number}.jpg").write_bytes(jpeg(number, mode=("RGB", "L", "CMYK")[number % 3]))
     (folder / "a-zero.jpg").write_bytes(b"")
     (folder / "b-half.jpg").write_bytes(jpeg(99)[:200])
-    assert run(folder, tmp_path / "run", "--epochs", "1") == 0
-    assert re.search(r"skipped 2 .*a-zero\.jpg", capsys.readouterr().out)
+    assert run(folder, tmp_path / "run", "--epochs", "1") == 2
+    refused = capsys.readouterr().err
+    assert re.search(r"at most 5 % .* got 2 of 20 .*a-zero\.jpg: it has zero bytes.*--tolerate-unreadable", refused)
+    assert run(folder, tmp_path / "run", "--epochs", "1", "--tolerate-unreadable", "0.2") == 0
+    assert re.search(r"skipped 2 .*a-zero\.jpg.*skipped\.tsv", capsys.readouterr().out)
+    lines = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["a-zero.jpg", "b-half.jpg"]
+
+
+def test_small_images_are_held_as_pixels_and_learn_the_same(images, tmp_path, capsys):
+    assert run(images, tmp_path / "held", "--epochs", "1") == 0
+    assert "all 40 images (0 MiB of pixels) are held on cpu" in capsys.readouterr().out
+    assert run(images, tmp_path / "files", "--epochs", "1", "--loader", "dali") == 0
+    assert "dali decodes files" in capsys.readouterr().out
+    first, second = (read_metrics(tmp_path / name)[-1]["loss"] for name in ("held", "files"))
+    assert first == second
+
+
+def test_tuning_is_remembered_and_changes_nothing(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "SECONDS", 0.1)
+    assert run(images, tmp_path / "first", "--epochs", "1", "--tune-input") == 0
+    found = re.search(r"input measured, images/s \(1 workers: .*\): (\d+) workers", capsys.readouterr().err)
+    assert run(images, tmp_path / "second", "--epochs", "1") == 0
+    assert f"; {found[1]} threads a rank" in capsys.readouterr().out
+    first, second = (read_metrics(tmp_path / name)[-1]["loss"] for name in ("first", "second"))
+    assert first == second
+
+
+def test_waiting_for_data_is_said_with_advice(images, tmp_path, capsys, monkeypatch):
+    real = train.train_views
+
+    def slow(*args, **options):
+        for made in real(*args, **options):
+            time.sleep(0.2)
+            yield made
+
+    monkeypatch.setattr(train, "train_views", slow)
+    assert run(images, tmp_path / "run") == 0
+    assert re.search(r"waiting for data took \d\d% of the time: --tune-input", capsys.readouterr().out)
+    assert "--tune-input" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """`augment`: views of a batch of uint8 images on the device where they are, given the parameters of each.
 
-Registered with torch.library as `simclr_fast::augment`. One Triton kernel sums the pixels for contrast and one makes the
-views; compiled loops serve CPUs, plain PyTorch is the yardstick.
+Registered with torch.library as `simclr_fast::augment`. One Triton kernel sums the pixels for contrast and one makes
+the views; compiled loops serve CPUs, plain PyTorch is the yardstick.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def augment(
     *,
     size: int | None = None,
     index: Tensor | None = None,
-    dialect: str = "torchvision",
+    dialect: Literal["torchvision", "tf"] = "torchvision",
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     blur_radius: int | None = None,
@@ -41,16 +42,16 @@ def augment(
 
     Args:
         images: uint8 [N, H, W, 3], contiguous.
-        params: of the B views, `Policy.draw`'s or float32 [B, 16] (`Params.packed`) on any device. On the images' device
-            it is used as it is, and on a GPU its values are not looked at: windows and indices are cut back to the image.
+        params: of the B views, `Policy.draw`'s or float32 [B, 16] (`Params.packed`) on any device. Values on a GPU are
+            not looked at: windows and indices are cut back to the image.
         size: None where the images are the crops already, H = W = S, and the windows are not used; else S, the side to
             which each window is resized (bicubic, antialiased but in `tf`). H and W may then be larger than an image.
         index: int64 [B], the image of each view; None for one view of each image in order, B = N.
         mean, std: of the channels, in [0, 1]; None for the dialect's (ImageNet's, or 0 and 1 in `tf`).
-        blur_radius: the blur has 2 * radius + 1 taps, at most 49; None for the policy's, 8 at 224 px.
+        blur_radius: the blur has 2 * radius + 1 taps, at most 49 and less than 2S; None for the policy's, 8 at 224 px.
         dtype: of the views: float32, float16 or bfloat16; float64 with `reference`.
-        backend: `triton`; `native`, compiled for the CPU; `reference`, plain PyTorch, view by view; or `auto`: Triton on a
-            GPU, native on a CPU, reference where that is not installed.
+        backend: `triton`; `native`, compiled for the CPU; `reference`, plain PyTorch, view by view; or `auto`: Triton
+            on a GPU, native on a CPU, reference where that is not installed.
     Returns:
         [B, 3, S, S] in channels_last strides.
     Raises:
@@ -62,17 +63,18 @@ def augment(
     _require(shaped, "images must be [N, H, W, 3]", list(images.shape))
     _require(images.is_contiguous(), "images must be contiguous", images.stride())
     crop = size is not None
+    side = images.shape[1] if size is None else size
     square = crop or images.shape[1] == images.shape[2]
     _require(square, "images must be square without size: crops, resized", list(images.shape))
-    _require(not crop or 1 <= size <= 32767, "size must be in 1 to 32767, or None", size)
-    side = size if crop else images.shape[1]
+    _require(1 <= side <= 32767, "size must be in 1 to 32767, or None", size)
     policy = Policy(side, dialect=dialect)
     mean, std = policy.mean if mean is None else mean, policy.std if std is None else std
     for name, values in (("mean", mean), ("std", std)):
         _require(len(values) == 3, f"{name} must be three numbers", values)
     _require(all(value > 0 for value in std), "std must be positive", std)
     radius = policy.blur_radius if blur_radius is None else blur_radius
-    _require(0 <= radius <= MAX_RADIUS, f"blur_radius must be in 0 to {MAX_RADIUS}", radius)
+    limit = min(MAX_RADIUS, side - 1)  # a reflection stays inside
+    _require(0 <= radius <= limit, f"blur_radius must be in 0 to {limit} for views of {side} px", radius)
     backend = _backend(backend, images.device)
     allowed = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
     _require(dtype in allowed, f"dtype must be one of {allowed} for backend={backend!r}", dtype)
@@ -105,9 +107,11 @@ def _rows(
     right = isinstance(packed, Tensor) and packed.ndim == 2 and packed.shape[1] == PACKED
     _require(right, f"params must be Params or [B, {PACKED}]", getattr(packed, "shape", type(packed).__name__))
     _require(packed.dtype == torch.float32, "params must be float32", packed.dtype)
+    everything = index is None
     index = torch.arange(len(images), device=images.device) if index is None else index
     _require(index.dtype == torch.int64 and index.ndim == 1, "index must be int64 [B]", (index.dtype, index.ndim))
-    _require(len(index) == len(packed), "params must have a row for each view", (len(packed), len(index)))
+    counts = f"{len(packed)} rows and {len(index)} {'images' if everything else 'indices'}"
+    _require(len(index) == len(packed), "params must have a row for each view", counts)
     if not torch.compiler.is_compiling():
         if index.device.type == "cpu" and len(index):
             inside = 0 <= int(index.min()) and int(index.max()) < len(images)
@@ -174,7 +178,7 @@ def _native(images, params, index, size, crop, tf, mean, std, radius) -> Tensor:
     pixels, rows, views, which = images.numpy(), params.numpy().copy(), out.numpy(), index.numpy()
     if not crop:
         rows[:, :4] = 0, 0, size, size
-    constants = tf, np.float32(mean), np.float32(std), radius
+    constants = tf, np.array(mean, np.float32), np.array(std, np.float32), radius
 
     def share(first: int) -> None:
         for k in range(first, len(rows), threads):

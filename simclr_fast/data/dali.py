@@ -1,102 +1,185 @@
-"""The fast engine: NVIDIA DALI decodes each image once, compiled code makes its views, both ahead of the consumer.
+"""The engine for files: NVIDIA DALI decodes each image once, and views are made of it, ahead of the consumer.
 
-On a CPU, DALI's bicubic resize is slower than `render`'s, and its colour operator is not
-ColorJitter; so the graph ends with the decoder.
+On a GPU, DALI also crops and resizes, and `augment` does the rest there. On a CPU its bicubic resize is slower than
+`render`'s and its colour operator is not ColorJitter; so there the graph ends with the decoder.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
+from nvidia.dali.types import DALIInterpType
+from torch import Tensor
 
-from simclr_fast.data.render import render
-from simclr_fast.data.policy import Batch, Policy
-from simclr_fast.data.sources import Split
+from simclr_fast.data.augment import augment
+from simclr_fast.data.feed import Batch, Feed, Loaded, Plan, Settings, chunks, replaced
+from simclr_fast.data.policy import Policy
+from simclr_fast.data.render_ahead import Rendering
+from simclr_fast.data.sources import DataError, Split
 
-AHEAD = 2  # batches decoded, and as many rendered, before they are asked for
+AHEAD = 2  # chunks decoded, and as many steps rendered, before they are asked for
+HELD = AHEAD + 2  # chunks whose pixels exist at a time
+DECODED = 256  # images at a time, where all are decoded
+
+
+class Chunk(NamedTuple):
+    """Rows of a batch that are decoded together."""
+
+    batch: Loaded
+    rows: slice
+    last: bool
 
 
 def run(
-    split: Split, policy: Policy, steps: range, plan: Callable[[int], Batch], workers: int, device: torch.device
-) -> Iterator[tuple[list[torch.Tensor], np.ndarray]]:
-    """Make what is planned for each step: (views, indices), as `train_views` gives them."""
-    workers = max(1, workers)
-    tf, mean, std, radius = policy.constants
-    constants = tf, np.float32(mean), np.float32(std), radius
-    planned: deque[Batch] = deque()
-    waiting: deque[tuple[list[torch.Tensor], np.ndarray, list[Future]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        source = _encoded(pool, split, plan, steps, workers + 1, planned)
-        pipe = _decoder(
-            source,
-            batch_size=len(plan(steps[0])[0]),
-            num_threads=workers,
-            device_id=None,
+    split: Split, policy: Policy, steps: range, plan: Plan, device: torch.device, dtype: torch.dtype,
+    settings: Settings, crops: bool | None = None,
+) -> Iterator[tuple[list[Tensor], np.ndarray]]:  # fmt: skip
+    """Make what is planned for each step: (views, indices), as `train_views` gives them.
+
+    `crops` says whether DALI crops and resizes; without it, it does on a GPU.
+    """
+    crops = device.type == "cuda" if crops is None else crops
+    feed = Feed(split, plan, settings.meter)
+    with ThreadPoolExecutor(max(1, settings.workers)) as pool:
+        graph = _Graph(feed, policy, steps, device, settings, pool, crops)
+        try:
+            yield from graph.cropped(dtype) if crops else graph.rendered(dtype)
+        except RuntimeError as error:
+            raise DataError(
+                f"data must be images that DALI can decode, got one that it cannot in step {graph.step}: --loader "
+                f"torchvision does without it ({str(error).splitlines()[0]})"
+            ) from error
+
+
+class _Graph:
+    """A DALI pipeline over the chunks of some steps, and what is made of its output."""
+
+    def __init__(
+        self, feed: Feed, policy: Policy, steps: Sequence[int], device: torch.device, settings: Settings,
+        pool: ThreadPoolExecutor, crops: bool,
+    ) -> None:  # fmt: skip
+        self.feed, self.policy, self.device, self.pool, self.settings = feed, policy, device, pool, settings
+        self._steps, self._crops = steps, crops
+        self._decoding: deque[Chunk] = deque()
+        indices, params = feed.planned(steps[0])
+        self._views = len(params)
+        on_gpu = device.type == "cuda"
+        self._pipe = _pipeline(
+            self._source(), self._views if crops else 0, policy.size, not policy.constants[0], settings.hardware,
+            on_gpu, batch_size=len(indices),
+            num_threads=max(1, settings.workers),
+            device_id=(device.index or 0) if on_gpu else None,
             prefetch_queue_depth=AHEAD,
             exec_dynamic=True,  # whose outputs live as long as they are referred to
-        )
-        for _ in steps:
-            (images,) = pipe.run()
-            indices, params = planned.popleft()
-            views = [torch.empty(len(indices), policy.size, policy.size, 3) for _ in params]
-            arrays, rows = [view.numpy() for view in views], [view.packed() for view in params]
-            shares = [range(k, len(indices), workers) for k in range(workers)]
-            jobs = [pool.submit(_render, arrays, images, rows, share, constants) for share in shares]
-            waiting.append((views, indices, jobs))
-            if len(waiting) == AHEAD:
-                yield _finished(*waiting.popleft(), device)
+        )  # fmt: skip
+
+    def _source(self) -> Iterator[tuple[list[np.ndarray], ...]]:
+        """What the graph is fed: the files of a chunk, and for each view where it is cropped."""
+        limit = self.settings.memory_mib * 2**20 // HELD
+        for batch in self.feed.ahead(self.pool, self._steps, self.settings.workers + 1):
+            parts = chunks(self.feed.split, batch.indices, limit)
+            for k, rows in enumerate(parts):
+                self._decoding.append(Chunk(batch, rows, k == len(parts) - 1))
+                windows = [one.window[rows].astype(np.int32) for one in batch.params] if self._crops else []
+                yield (batch.encoded[rows], *(part for w in windows for part in (list(w[:, :2]), list(w[:, 2:]))))
+
+    @property
+    def step(self) -> int:
+        """The one that is being decoded."""
+        return self._decoding[0].batch.step if self._decoding else self._steps[0]
+
+    def _decoded(self) -> Iterator[tuple[Chunk, Any]]:
+        while True:
+            try:
+                out = self._pipe.run()
+            except StopIteration:
+                return
+            yield self._decoding.popleft(), out
+
+    def rendered(self, dtype: torch.dtype) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+        """Views made by compiled code from whole images."""
+        waiting: deque[Rendering] = deque()
+        for chunk, (images,) in self._decoded():
+            if chunk.rows.start == 0:
+                batch = chunk.batch
+                waiting.append(Rendering(self.policy, batch.indices, batch.params, self.pool, self.settings))
+            waiting[-1].add(range(chunk.rows.start, chunk.rows.stop), [np.asarray(image) for image in images])
+            if chunk.last and len(waiting) > AHEAD:
+                yield waiting.popleft().finished(self.device, dtype)
         while waiting:
-            yield _finished(*waiting.popleft(), device)
+            yield waiting.popleft().finished(self.device, dtype)
+
+    def cropped(self, dtype: torch.dtype) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+        """Views made by `augment` from crops of the right size."""
+        tf, mean, std, radius = self.policy.constants
+        look: dict[str, Any] = {"dialect": self.policy.dialect, "mean": mean, "std": std, "blur_radius": radius}
+        parts: list[list[Tensor]] = [[] for _ in range(self._views)]
+        held: deque[tuple[Any, list[Tensor]]] = deque()
+        for chunk, outputs in self._decoded():
+            crops = [torch.from_dlpack(images.as_tensor()) for images in outputs]
+            for part, images, params in zip(parts, crops, chunk.batch.params, strict=True):
+                rows = torch.from_numpy(params.packed()[chunk.rows])
+                rows = rows.pin_memory() if self.device.type == "cuda" else rows
+                part.append(augment(images, rows, dtype=dtype, **look))
+            if self.device.type == "cuda":  # DALI must not write over crops that a kernel still reads
+                held.append((torch.cuda.current_stream(self.device).record_event(), crops))
+                if len(held) > 1:
+                    held.popleft()[0].synchronize()
+            if chunk.last:
+                yield [part[0] if len(part) == 1 else _joined(part) for part in parts], chunk.batch.indices
+                parts = [[] for _ in range(self._views)]
+
+
+def decode_into(out: np.ndarray, split: Split, settings: Settings) -> Iterator[int]:
+    """Decode a split into the corners of `out`, uint8 [n, H, W, 3]; yields the number of images that are done.
+
+    Raises:
+        RuntimeError: DALI cannot decode one of them.
+    """
+    count = len(split)
+
+    def plan(step: int, places: Mapping[int, int]) -> Batch:
+        return replaced(np.arange(step * DECODED, min((step + 1) * DECODED, count)), places), ()
+
+    def source() -> Iterator[tuple[list[np.ndarray]]]:
+        for batch in feed.ahead(pool, range(-(-count // DECODED)), settings.workers + 1):
+            yield (batch.encoded,)
+
+    feed, done, workers = Feed(split, plan, settings.meter), 0, max(1, settings.workers)
+    with ThreadPoolExecutor(workers) as pool:
+        pipe = _pipeline(
+            source(), 0, 0, False, settings.hardware, False, batch_size=min(DECODED, count), num_threads=workers,
+            device_id=None, prefetch_queue_depth=AHEAD, exec_dynamic=True,
+        )  # fmt: skip
+        while done < count:
+            (images,) = pipe.run()
+            for k in range(len(images)):
+                pixels = np.asarray(images[k])[: out.shape[1], : out.shape[2]]
+                out[done + k, : pixels.shape[0], : pixels.shape[1]] = pixels
+            done += len(images)
+            yield done
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.permute(0, 2, 3, 1) for part in parts]).permute(0, 3, 1, 2)
 
 
 @pipeline_def
-def _decoder(source: Iterator[list[np.ndarray]]) -> Any:
-    """Encoded bytes -> uint8 [H, W, 3], not rotated by EXIF, as in Pillow and torchvision."""
-    return fn.decoders.image(fn.external_source(source), adjust_orientation=False)
-
-
-def _encoded(
-    pool: ThreadPoolExecutor,
-    split: Split,
-    plan: Callable[[int], Batch],
-    steps: range,
-    depth: int,
-    planned: deque[Batch],
-) -> Iterator[list[np.ndarray]]:
-    """The files of each batch, read by threads up to `depth` batches ahead; what was planned goes to `planned`."""
-
-    def load(step: int) -> tuple[Batch, list[np.ndarray]]:
-        batch = plan(step)
-        return batch, [split.read(index) for index in batch[0]]
-
-    loading: deque[Future] = deque()
-    for k in range(len(steps) + depth):
-        if k < len(steps):
-            loading.append(pool.submit(load, steps[k]))
-        if k >= depth and loading:
-            batch, encoded = loading.popleft().result()
-            planned.append(batch)
-            yield encoded
-
-
-def _render(views: list[np.ndarray], images: Any, packed: list[np.ndarray], rows: range, constants: tuple) -> None:
-    for row in rows:
-        image = np.asarray(images[row])
-        for view, params in zip(views, packed, strict=True):
-            render(view[row], image, params[row], *constants)
-
-
-def _finished(
-    views: list[torch.Tensor], indices: np.ndarray, jobs: list[Future], device: torch.device
-) -> tuple[list[torch.Tensor], np.ndarray]:
-    for job in jobs:
-        job.result()
-    if device.type == "cuda":
-        views = [view.pin_memory() for view in views]
-    return [view.permute(0, 3, 1, 2).to(device, non_blocking=True) for view in views], indices
+def _pipeline(source: Iterator, views: int, size: int, antialias: bool, hardware: float, on_gpu: bool) -> Any:
+    """Encoded bytes -> uint8 [H, W, 3], not rotated by EXIF, as in Pillow; or -> [S, S, 3] for each view."""
+    encoded, *windows = fn.external_source(source, num_outputs=1 + 2 * views, batch=True)
+    options: dict[str, Any] = {"hw_decoder_load": hardware, "jpeg_fancy_upsampling": True} if on_gpu else {}
+    image = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", adjust_orientation=False, **options)
+    if not views:
+        return (image,)
+    crops = []
+    for corner, shape in zip(windows[::2], windows[1::2], strict=True):
+        crop = fn.slice(image, corner, shape, axes=[0, 1], normalized_anchor=False, normalized_shape=False)
+        crops.append(fn.resize(crop, size=[size, size], interp_type=DALIInterpType.INTERP_CUBIC, antialias=antialias))
+    return tuple(crops)

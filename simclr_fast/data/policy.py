@@ -79,9 +79,8 @@ class Params:
         flags = self.flip, self.jitter, self.gray
         return np.column_stack([self.window, *flags, self.factors, self.order, self.sigma]).astype(np.float32)
 
-
-Batch = tuple[np.ndarray, tuple[Params, ...]]
-"""What an engine is to make: images [B] of a split, and the parameters of each view of them."""
+    def __len__(self) -> int:
+        return len(self.sigma)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def view(
         x = F.crop(x, *window).contiguous()
         x = resize_tf(x, size) if tf else _resize(x, size)
     if jitter:
-        operators = (F.adjust_brightness, *((contrast_tf, saturation_tf) if tf else _TORCHVISION), F.adjust_hue)
+        operators = _TF if tf else _TORCHVISION
         for op in order:
             x = operators[op](x, factors[op]).clamp(0, 1)
     if gray:
@@ -49,9 +49,6 @@ def view(
     if flip:
         x = F.horizontal_flip(x)
     return F.normalize(x, list(mean), list(std))
-
-
-_TORCHVISION = (F.adjust_contrast, F.adjust_saturation)
 
 
 def _resize(crop: Tensor, size: int) -> Tensor:
@@ -96,3 +93,17 @@ def saturation_tf(x: Tensor, factor: float) -> Tensor:
     value = x.amax(0)
     chroma = value - x.amin(0)
     return value - (value - x) * (value / chroma.clamp(min=1e-20)).clamp(max=factor)
+
+
+def hue_tf(x: Tensor, turn: float) -> Tensor:
+    """tf.image.adjust_hue, also of what is below 0, which bicubic resizing leaves and torchvision's makes NaN of."""
+    value, chroma = x.amax(0), x.amax(0) - x.amin(0)
+    (r, g, b), inverse = x, 1 / chroma.clamp(min=1e-20)
+    hue = torch.where(value == g, (b - r) * inverse + 2, (r - g) * inverse + 4)
+    hue = torch.where(value == r, (g - b) * inverse, hue) + 6 * turn
+    k = torch.stack([hue + 5, hue + 3, hue + 1]) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+_TORCHVISION = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+_TF = (F.adjust_brightness, contrast_tf, saturation_tf, hue_tf)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,49 +13,55 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from simclr_fast.data.policy import Batch, Policy
+from simclr_fast.data.feed import Feed, Plan, Settings
+from simclr_fast.data.policy import Policy
 from simclr_fast.data.reference import view
 from simclr_fast.data.sources import Split
 
 
 def run(
-    split: Split, policy: Policy, steps: range, plan: Callable[[int], Batch], workers: int, device: torch.device
+    split: Split, policy: Policy, steps: range, plan: Plan, device: torch.device, dtype: torch.dtype, settings: Settings
 ) -> Iterator[tuple[list[Tensor], np.ndarray]]:
     """Make what is planned for each step: (views, indices), as `train_views` gives them."""
     loader = DataLoader(
         _Steps(split, policy, steps, plan),
         batch_size=None,
-        num_workers=workers,
+        num_workers=settings.workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that the global one stays as it is
     )
     for views, indices in loader:
-        yield [view.permute(0, 3, 1, 2).to(device, non_blocking=True) for view in views], indices.numpy()
+        yield [view.permute(0, 3, 1, 2).to(device, dtype, non_blocking=True) for view in views], indices.numpy()
 
 
 class _Steps(Dataset):
     """Whole batches: the k-th item is (views, each float32 [B, S, S, 3], indices) of the k-th step."""
 
-    def __init__(self, split: Split, policy: Policy, steps: range, plan: Callable[[int], Batch]) -> None:
+    def __init__(self, split: Split, policy: Policy, steps: range, plan: Plan) -> None:
         self.split, self.policy, self.steps, self.plan = split, policy, steps, plan
+
+    @cached_property
+    def feed(self) -> Feed:
+        """Of this process: a lock does not travel."""
+        return Feed(self.split, self.plan, Settings().meter)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, k: int) -> tuple[list[Tensor], np.ndarray]:
-        indices, params = self.plan(self.steps[k])
-        policy, packed = self.policy, [one.packed() for one in params]
-        views = [torch.empty(len(indices), policy.size, policy.size, 3) for _ in params]
-        for k, index in enumerate(indices):
-            image = F.to_dtype(decode(self.split.read(index)), torch.float32, scale=True)
+        images, batch = self.feed.decoded(self.steps[k], decode)
+        policy, packed = self.policy, [one.packed() for one in batch.params]
+        views = [torch.empty(len(images), policy.size, policy.size, 3) for _ in packed]
+        for row, image in enumerate(images):
+            pixels = F.to_dtype(image, torch.float32, scale=True)
             for out, rows in zip(views, packed, strict=True):
-                out[k] = view(image, rows[k], policy.size, True, *policy.constants).permute(1, 2, 0)
-        return views, indices
+                out[row] = view(pixels, rows[row], policy.size, True, *policy.constants).permute(1, 2, 0)
+        return views, batch.indices
 
 
 def decode(encoded: np.ndarray) -> Tensor:
     """uint8 [3, H, W], not rotated by EXIF."""
-    image: Image.Image = Image.open(io.BytesIO(encoded.tobytes()))
+    image: Image.Image = Image.open(io.BytesIO(encoded.data))
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut at 255
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     return F.pil_to_tensor(image.convert("RGB"))

@@ -1,0 +1,148 @@
+"""The input's settings for this machine, by a short measurement; and what to change when the trainer waits for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+from simclr_fast.data.engines import choose
+from simclr_fast.data.feed import Meter, Settings
+from simclr_fast.data.policy import Policy
+from simclr_fast.data.samples import cache_folder, write_whole
+from simclr_fast.data.sources import Split
+
+SHARES = (0.5, 0.65, 0.8, 0.9, 1.0)  # of JPEGs for a GPU's decoder engines
+SECONDS = 2.0  # for each candidate
+ENOUGH = 0.97  # of the fastest: then fewer threads are better
+WAITING = 0.1  # share of the time from which advice is given
+
+Rate = Callable[[Settings], float]
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tuned(settings: Settings, rate: Rate, threads: int, gpu_decodes: bool) -> tuple[Settings, dict[str, float]]:
+    """The fastest settings, and the images/s of each candidate. `rate` measures one."""
+    found: dict[str, float] = {}
+
+    def best(candidates: list[Settings], name: Callable[[Settings], str]) -> Settings:
+        rates = [rate(candidate) for candidate in candidates]
+        found.update(zip(map(name, candidates), rates, strict=True))
+        return next(c for c, r in zip(candidates, rates, strict=True) if r >= ENOUGH * max(rates))
+
+    counts = sorted({max(1, threads // 4), max(1, threads // 2), threads, threads + 1, 2 * threads})
+    settings = best([dataclasses.replace(settings, workers=n) for n in counts], lambda s: f"{s.workers} workers")
+    if gpu_decodes:
+        shares = [dataclasses.replace(settings, hardware=share) for share in SHARES]
+        settings = best(shares, lambda s: f"{s.workers} workers, {s.hardware:.0%} in hardware")
+    return settings, found
+
+
+def measured(split: Split, policy: Policy, batch: int, device: torch.device, engine: str) -> Rate:
+    """images/s of an engine's views with given settings, after the first batches."""
+    from simclr_fast.data import train_views
+
+    def rate(settings: Settings) -> float:
+        views = train_views(
+            split, policy, batch=batch, seed=0, start_step=0, steps=1 << 30, device=device, engine=engine,
+            settings=dataclasses.replace(settings, meter=Meter()),
+        )  # fmt: skip
+        for _ in range(4):  # what was made ahead
+            next(views)
+        began, made = time.perf_counter(), 0
+        while time.perf_counter() - began < SECONDS:
+            made += len(next(views)[2])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken = time.perf_counter() - began
+        return made / taken
+
+    return rate
+
+
+def prepared(
+    settings: Settings, split: Split, policy: Policy, batch: int, device: torch.device, engine: str, *, measure: bool
+) -> Settings:
+    """`settings` with what suits this machine: as measured now, or before, for this engine and size of view.
+
+    Args:
+        batch: images of one rank.
+    """
+    chosen = choose(engine, split, device, settings.ranks)[0]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    key = json.dumps([chosen, policy.size, policy.dialect, name, settings.workers, os.uname().machine])
+    path = cache_folder() / f"input-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if measure:
+        rate = measured(split, policy, batch, device, engine)
+        best, rates = tuned(settings, rate, settings.workers, chosen == "dali" and device.type == "cuda")
+        shown = ", ".join(f"{name}: {value:,.0f}" for name, value in rates.items())
+        print(f"input measured, images/s ({shown}): {best.workers} workers", file=sys.stderr)
+        with suppress(OSError):  # then the next run measures again
+            write_whole(path, json.dumps({"workers": best.workers, "hardware": best.hardware}).encode())
+        return best
+    try:
+        kept = json.loads(path.read_text())
+        return dataclasses.replace(settings, workers=int(kept["workers"]), hardware=float(kept["hardware"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return settings
+
+
+class Waits:
+    """How long the trainer waited for its input, and what to change."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._seconds = self._waited = 0.0
+        self._cpu, self._read = _cpu_seconds(), settings.meter.reading
+        self._first = True
+
+    def add(self, seconds: float, waited: float) -> None:
+        """Count steps of `seconds`, and the waits among them; the first ones are left out, when nothing is ahead."""
+        if self._first:
+            self._first, self._cpu, self._read = False, _cpu_seconds(), self.settings.meter.reading
+            return
+        self._seconds += seconds
+        self._waited += waited
+
+    def advice(self, engine: str, device: torch.device) -> str:
+        """A sentence that says which resource is short, where over 10 % of the time went by waiting."""
+        if self._waited <= WAITING * self._seconds:
+            return ""
+        start = f"waiting for data took {self._waited / self._seconds:.0%} of the time: "
+        workers, here = max(1, self.settings.workers), cores()
+        if self.settings.meter.reading - self._read > 0.5 * workers * self._seconds:
+            return start + (
+                "the disk is short, threads spend most of their time reading. Put the data on a local disk, or pack "
+                "them into shards: python -m simclr_fast.data pack"
+            )
+        if engine == "torchvision":
+            return start + "this is the slow engine; install DALI (pip install nvidia-dali-cuda130), or raise --workers"
+        if engine == "dali" and device.type == "cuda":
+            return start + (
+                "decoding is short. --tune-input finds the share for the decoder engines; smaller files decode "
+                "faster: python -m simclr_fast.data pack --short-side 256"
+            )
+        if _cpu_seconds() - self._cpu > 0.85 * here * self._seconds:
+            smaller = "" if engine == "resident" else (
+                "Smaller files decode faster: python -m simclr_fast.data pack --short-side 256; "
+            )  # fmt: skip
+            return start + f"the CPU is short, all {here} cores are busy. {smaller}More cores, or a GPU, help"
+        if workers < here:
+            return start + f"{workers} of {here} cores prepare images; raise --workers, or let --tune-input choose"
+        return start + "--tune-input finds the number of threads that suits this machine"
+
+
+def _cpu_seconds() -> float:
+    """Of all threads of this process, and of its processes that have ended."""
+    return sum(os.times()[:4])
