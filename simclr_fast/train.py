@@ -35,7 +35,7 @@ from simclr_fast.data import (
     train_views,
     write_skipped,
 )
-from simclr_fast.data.tune import Waits, prepared
+from simclr_fast.data.engines.tune import Waits, prepared
 from simclr_fast.distributed import (
     Ranks,
     data_parallel,

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from simclr_fast.data import open_dataset
-from simclr_fast.data.audit import FIRST, Report, check
-from simclr_fast.data.pack import Packing, pack
-from simclr_fast.data.shards import MANIFEST, Manifest
+from simclr_fast.data.commands.audit import FIRST, Report, check
+from simclr_fast.data.commands.pack import Packing, pack
+from simclr_fast.data.commands.shards import MANIFEST, Manifest
 
 
 def encoded(number: int, size: tuple[int, int] = (12, 9), kind: str = "JPEG") -> bytes:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simclr_fast.data import Params, Policy, open_dataset
 from simclr_fast.data.augment import HAS_NUMBA, HAS_TRITON, augment
-from simclr_fast.data.torchvision_engine import decode
+from simclr_fast.data.engines.torchvision_engine import decode
 
 FAST = [
     pytest.param("native", marks=pytest.mark.skipif(not HAS_NUMBA, reason="needs numba")),

@@ -26,7 +26,7 @@ if engine_name("auto")[0] != "dali":
 
 from nvidia.dali import Pipeline
 
-from simclr_fast.data import dali
+from simclr_fast.data.engines import dali
 
 KINDS = {
     "rgb.jpg": ("RGB", "JPEG", {}),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from simclr_fast.data import Policy, Settings, Split, choose, engine_name, eval_images, resident, train_views, tune
-from simclr_fast.data.tune import Waits
+from simclr_fast.data import Policy, Settings, Split, choose, engine_name, eval_images, train_views
+from simclr_fast.data.engines import resident, tune
+from simclr_fast.data.engines.tune import Waits
 
 CPU = torch.device("cpu")
 

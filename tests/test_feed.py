@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from simclr_fast.data import DataError, Policy, Settings, Split, engine_name, open_dataset, train_views
-from simclr_fast.data.feed import Feed, chunks, replaced
+from simclr_fast.data.engines.feed import Feed, chunks, replaced
 
 HAS_DALI = engine_name("auto")[0] == "dali"
 ENGINES = [

@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from simclr_fast.data import named
-from simclr_fast.data.samples import DataError
-from simclr_fast.data.sources import KNOWN, Dataset, datasets_folder, open_dataset
+from simclr_fast.data.sources import KNOWN, Dataset, datasets_folder, named, open_dataset
+from simclr_fast.data.sources.samples import DataError
 from tests.images_common import encoded, fill, pack
 
 RNG = np.random.default_rng(0)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_fast.data import DataError, Dataset, Split, open_dataset, shards
-from simclr_fast.data.pack import Packing, Progress, pack
-from simclr_fast.data.shards import MANIFEST, Manifest
+from simclr_fast.data import DataError, Dataset, Split, open_dataset
+from simclr_fast.data.commands import shards
+from simclr_fast.data.commands.pack import Packing, Progress, pack
+from simclr_fast.data.commands.shards import MANIFEST, Manifest
 
 N = 20  # images of the set, 16 of them for training
 
@@ -141,8 +142,9 @@ def test_an_array_becomes_pngs_of_the_same_pixels(tmp_path: Path):
 KILLED = """
 import itertools, os, shutil, signal, sys
 from pathlib import Path
-from simclr_fast.data import open_dataset, shards
-from simclr_fast.data.pack import Packing, pack
+from simclr_fast.data import open_dataset
+from simclr_fast.data.commands import shards
+from simclr_fast.data.commands.pack import Packing, pack
 
 source, parent = map(Path, sys.argv[1:])
 dataset, settings = open_dataset(str(source)), Packing(per_shard=7)

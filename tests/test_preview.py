@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from simclr_fast.data import DataError, Dataset, Params, Policy, engine_name, open_dataset, preview, train_views
+from simclr_fast.data import DataError, Dataset, Params, Policy, engine_name, open_dataset, train_views
+from simclr_fast.data.commands import preview
+from simclr_fast.data.commands.preview import write_preview
 from simclr_fast.data.policy import permutation
-from simclr_fast.data.preview import write_preview
 from tests.test_report import CHROMIUM, FLAGS, Reader
 
 BOTH = engine_name("auto")[0] == "dali"

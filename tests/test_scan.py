@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_fast.data import check as checker
-from simclr_fast.data import scan as scanner
-from simclr_fast.data.check import Verdict, check
-from simclr_fast.data.samples import Sample
-from simclr_fast.data.scan import scan, verdicts
+from simclr_fast.data.sources import check as checker
+from simclr_fast.data.sources import scan as scanner
+from simclr_fast.data.sources.check import Verdict, check
+from simclr_fast.data.sources.samples import Sample
+from simclr_fast.data.sources.scan import scan, verdicts
 from tests.images_common import encoded, fill
 
 
@@ -240,7 +240,7 @@ def test_an_interrupt_ends_the_processes_and_keeps_what_is_done(tmp_path: Path, 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path):
     code = (
-        "import os, signal\nfrom simclr_fast.data import scan\n"
+        "import os, signal\nfrom simclr_fast.data.sources import scan\n"
         "worker = scan._Worker()\nprint(worker._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -286,7 +286,7 @@ def test_only_what_has_changed_is_decoded_again(tmp_path: Path, counted: list[st
     (root / "a.jpg").unlink()
     scan(samples(root), str(root))
     assert not counted
-    assert len(list((tmp_path / "cache").rglob("*"))) == 2  # the folder and one file
+    assert len(list((tmp_path / "cache").rglob("*.npz"))) == 1
 
 
 @pytest.mark.parametrize("garbage", [b"", b"garbage", b"PK\x03\x04" + bytes(100)])

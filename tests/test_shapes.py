@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from simclr_fast import knn
-from simclr_fast.data.shapes import CONTRAST, GLYPHS, LUMA, SIDE, draw, make_shapes
 from simclr_fast.data.sources import DataError
+from simclr_fast.data.sources.shapes import CONTRAST, GLYPHS, LUMA, SIDE, draw, make_shapes
 
 
 @pytest.fixture

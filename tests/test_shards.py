@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simclr_fast.data.shards import BLOCK, MANIFEST, RECORD, Manifest, Shard, Tar, index_text, shard_fault
+from simclr_fast.data.commands.shards import BLOCK, MANIFEST, RECORD, Manifest, Shard, Tar, index_text, shard_fault
 from simclr_fast.data.sources import DataError
 
 SAMPLES = [

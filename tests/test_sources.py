@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_fast.data import eval_images, samples, scan
+from simclr_fast.data import eval_images
 from simclr_fast.data.policy import Policy
-from simclr_fast.data.sources import KNOWN, DataError, Dataset, Split, open_dataset, write_skipped
+from simclr_fast.data.sources import KNOWN, DataError, Dataset, Split, open_dataset, samples, scan, write_skipped
 from tests.images_common import encoded, fill, pack
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from simclr_fast.data import tars
-from simclr_fast.data.samples import Sample
-from simclr_fast.data.tars import tar_samples
+from simclr_fast.data.sources import tars
+from simclr_fast.data.sources.samples import Sample
+from simclr_fast.data.sources.tars import tar_samples
 from tests.images_common import encoded, pack
 
 MEMBERS = {

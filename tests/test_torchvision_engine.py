@@ -10,7 +10,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-from simclr_fast.data import Policy, engine_name, engines, open_dataset, reference, train_views
+from simclr_fast.data import Policy, engine_name, open_dataset, reference, train_views
+from simclr_fast.data.engines import choice
 
 
 @pytest.fixture
@@ -24,10 +25,10 @@ def no_dali(monkeypatch: pytest.MonkeyPatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", fake)
-    monkeypatch.delitem(sys.modules, "simclr_fast.data.dali", raising=False)
-    engines._dali_fault.cache_clear()
+    monkeypatch.delitem(sys.modules, "simclr_fast.data.engines.dali", raising=False)
+    choice._dali_fault.cache_clear()
     yield
-    engines._dali_fault.cache_clear()
+    choice._dali_fault.cache_clear()
 
 
 @pytest.mark.usefixtures("no_dali")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from simclr_fast import checkpoint, train
-from simclr_fast.data import tune
+from simclr_fast.data.engines import tune
 from simclr_fast.record import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simclr_fast.data.augment import augment
 from simclr_fast.data.engines import choose, engine_name, run
-from simclr_fast.data.feed import Batch, Meter, Settings, replaced
+from simclr_fast.data.engines.feed import Batch, Meter, Settings, replaced
 from simclr_fast.data.policy import Params, Policy, stream
 from simclr_fast.data.sources import KNOWN, DataError, Dataset, Split, open_dataset, write_skipped
 

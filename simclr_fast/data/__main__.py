@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from simclr_fast.config import ConfigError, choose
-from simclr_fast.data.audit import check
-from simclr_fast.data.pack import Packing, pack
+from simclr_fast.data.commands.audit import check
+from simclr_fast.data.commands.pack import Packing, pack
+from simclr_fast.data.commands.preview import write_preview
+from simclr_fast.data.commands.shards import MANIFEST, replace_text
 from simclr_fast.data.policy import Policy
-from simclr_fast.data.preview import write_preview
-from simclr_fast.data.samples import shown
-from simclr_fast.data.shards import MANIFEST, replace_text
 from simclr_fast.data.sources import KNOWN, TOLERATE, DataError, Dataset, open_dataset
+from simclr_fast.data.sources.samples import shown
 
 PROG = "python -m simclr_fast.data"
 OVERVIEW = f"""usage: {PROG} COMMAND ...

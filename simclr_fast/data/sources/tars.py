@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from simclr_fast.data.samples import EXTENSIONS, TEST_NAMES, Sample, cache_folder, shown, write_whole
+from simclr_fast.data.sources.samples import EXTENSIONS, TEST_NAMES, Sample, cache_folder, shown, write_whole
 
 BLOCK = 512
 VERSION = "v1.2"  # of the index, as DALI's wds2idx writes it

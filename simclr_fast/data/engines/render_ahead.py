@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.data.feed import Settings
+from simclr_fast.data.engines.feed import Settings
 from simclr_fast.data.policy import Params, Policy
 from simclr_fast.data.render import render
 

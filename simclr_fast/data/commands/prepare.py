@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from simclr_fast.data.engines.torchvision_engine import decode
 from simclr_fast.data.sources import Split
-from simclr_fast.data.torchvision_engine import decode
 
 REDUCING_GAP = 3.0  # an image is first reduced by a whole factor, to no less than this many times its final size
 KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "PPM": "ppm"}

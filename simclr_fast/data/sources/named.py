@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from simclr_fast.data.samples import DataError, Sample, alone, datasets_folder, shown
+from simclr_fast.data.sources.samples import DataError, Sample, alone, datasets_folder, shown
 
 TIMEOUT_S = 60  # without a byte from the network
 ARCHIVES = ("*.gz", "*.tgz", "*.zip")  # which torchvision leaves beside what it has unpacked

@@ -18,9 +18,9 @@ from nvidia.dali.types import DALIInterpType
 from torch import Tensor
 
 from simclr_fast.data.augment import augment
-from simclr_fast.data.feed import Batch, Feed, Loaded, Plan, Settings, chunks, replaced
+from simclr_fast.data.engines.feed import Batch, Feed, Loaded, Plan, Settings, chunks, replaced
+from simclr_fast.data.engines.render_ahead import Rendering
 from simclr_fast.data.policy import Policy
-from simclr_fast.data.render_ahead import Rendering
 from simclr_fast.data.sources import DataError, Split
 
 AHEAD = 2  # chunks decoded, and as many steps rendered, before they are asked for

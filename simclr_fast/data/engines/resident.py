@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from simclr_fast.data.augment import HAS_NUMBA, augment
-from simclr_fast.data.feed import Feed, Plan, Settings, replaced
+from simclr_fast.data.engines.feed import Feed, Plan, Settings, replaced
+from simclr_fast.data.engines.torchvision_engine import decode
 from simclr_fast.data.policy import Policy
-from simclr_fast.data.samples import Ticker
 from simclr_fast.data.sources import Split
-from simclr_fast.data.torchvision_engine import decode
+from simclr_fast.data.sources.samples import Ticker
 
 AHEAD = 2  # batches that are being made before they are asked for, on a CPU
 MAX_SIDE = 128  # up to which images count as small
@@ -72,7 +72,7 @@ def _threaded(
     pixels: np.ndarray, policy: Policy, steps: range, plan: Plan, dtype: torch.dtype, settings: Settings
 ) -> Iterator[tuple[list[Tensor], np.ndarray]]:
     """Compiled code on the CPU, ahead of the consumer."""
-    from simclr_fast.data.render_ahead import Rendering
+    from simclr_fast.data.engines.render_ahead import Rendering
 
     waiting: deque[Rendering] = deque()
     with ThreadPoolExecutor(max(1, settings.workers)) as pool:
@@ -109,7 +109,7 @@ def _decoded(split: Split, settings: Settings) -> np.ndarray:
 
 def _decoding(out: np.ndarray, split: Split, settings: Settings) -> Iterator[int]:
     try:
-        from simclr_fast.data.dali import decode_into
+        from simclr_fast.data.engines.dali import decode_into
 
         yield from decode_into(out, split, settings)
     except (ImportError, RuntimeError):  # there is no DALI, or it meets an image that it refuses

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simclr_fast.data import named
-from simclr_fast.data.check import examine
-from simclr_fast.data.files import Found, find
-from simclr_fast.data.samples import (
+from simclr_fast.data.sources import named
+from simclr_fast.data.sources.check import examine
+from simclr_fast.data.sources.files import Found, find
+from simclr_fast.data.sources.samples import (
     EXTENSIONS,
     TEST_NAMES,
     DataError,
@@ -30,7 +30,7 @@ from simclr_fast.data.samples import (
     shown,
     write_whole,
 )
-from simclr_fast.data.scan import Findings, scan
+from simclr_fast.data.sources.scan import Findings, scan
 
 __all__ = [
     "KNOWN",
@@ -166,7 +166,7 @@ def _checksum(data: bytes) -> bytes:
 
 def _root(spec: str) -> Path:
     if spec == "shapes":
-        from simclr_fast.data.shapes import make_shapes
+        from simclr_fast.data.sources.shapes import make_shapes
 
         return make_shapes()
     root = Path(spec).expanduser()

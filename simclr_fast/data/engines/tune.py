@@ -14,10 +14,11 @@ from contextlib import suppress
 import torch
 
 from simclr_fast.data.engines import choose
-from simclr_fast.data.feed import Meter, Settings
+from simclr_fast.data.engines.feed import Meter, Settings
 from simclr_fast.data.policy import Policy
-from simclr_fast.data.samples import cache_folder, write_whole
 from simclr_fast.data.sources import Split
+from simclr_fast.data.sources.samples import cache_folder, write_whole
+from simclr_fast.data.sources.scan import cores
 
 SHARES = (0.5, 0.65, 0.8, 0.9, 1.0)  # of JPEGs for a GPU's decoder engines
 SECONDS = 2.0  # for each candidate
@@ -25,11 +26,6 @@ ENOUGH = 0.97  # of the fastest: then fewer threads are better
 WAITING = 0.1  # share of the time from which advice is given
 
 Rate = Callable[[Settings], float]
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tuned(settings: Settings, rate: Rate, threads: int, gpu_decodes: bool) -> tuple[Settings, dict[str, float]]:

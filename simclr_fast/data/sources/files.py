@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from simclr_fast.data.samples import EXTENSIONS, DataError, Sample, Ticker, shown
-from simclr_fast.data.tars import tar_samples
+from simclr_fast.data.sources.samples import EXTENSIONS, DataError, Sample, Ticker, shown
+from simclr_fast.data.sources.tars import tar_samples
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 LABEL_COLUMNS = ("label", "labels", "class")  # the first that is there

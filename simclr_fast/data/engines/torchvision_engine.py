@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from simclr_fast.data.feed import Feed, Plan, Settings
+from simclr_fast.data.engines.feed import Feed, Plan, Settings
 from simclr_fast.data.policy import Policy
 from simclr_fast.data.reference import view
 from simclr_fast.data.sources import Split

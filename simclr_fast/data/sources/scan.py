@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from simclr_fast.data import check
-from simclr_fast.data.check import Verdict
-from simclr_fast.data.samples import Sample, Ticker, alone, cache_folder, write_whole
+from simclr_fast.data.sources import check
+from simclr_fast.data.sources.check import Verdict
+from simclr_fast.data.sources.samples import Sample, Ticker, alone, cache_folder, write_whole
 
 CACHED_FROM = 1000  # images; checking fewer takes no time
 PROCESSES_FROM = 100  # images; for fewer, threads are done before processes have started

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from simclr_fast.data.commands.prepare import Prepared, prepare
+from simclr_fast.data.commands.shards import PARTIAL, Manifest, Shard, Tar, shard_fault
 from simclr_fast.data.policy import permutation
-from simclr_fast.data.prepare import Prepared, prepare
-from simclr_fast.data.samples import Ticker
-from simclr_fast.data.shards import PARTIAL, Manifest, Shard, Tar, shard_fault
 from simclr_fast.data.sources import FEW, TOLERATE, DataError, Dataset, Split
+from simclr_fast.data.sources.samples import Ticker
 
 _TEMPORARY = re.compile(r"((train|test)-\d{6,}\.(tar|idx)|manifest\.json)" + re.escape(PARTIAL))
 

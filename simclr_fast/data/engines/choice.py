@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.data import resident
-from simclr_fast.data.feed import Plan, Settings
+from simclr_fast.data.engines import resident
+from simclr_fast.data.engines.feed import Plan, Settings
 from simclr_fast.data.policy import Policy
 from simclr_fast.data.sources import Split
 
@@ -40,7 +40,7 @@ def engine_name(engine: str) -> tuple[str, str]:
 @lru_cache
 def _dali_fault() -> str:
     try:
-        import simclr_fast.data.dali  # noqa: F401
+        import simclr_fast.data.engines.dali  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         return str(error)
     return ""
@@ -75,5 +75,5 @@ def run(
     """Make what is planned for each step: (views, indices), as `train_views` gives them."""
     if not steps:
         return iter(())
-    module = import_module(f"simclr_fast.data.{MODULES[choose(engine, split, device, settings.ranks)[0]]}")
+    module = import_module(f"simclr_fast.data.engines.{MODULES[choose(engine, split, device, settings.ranks)[0]]}")
     return module.run(split, policy, steps, plan, device, dtype, settings)

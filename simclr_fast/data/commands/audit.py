@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from simclr_fast.data.pack import Progress
-from simclr_fast.data.samples import shown
-from simclr_fast.data.scan import cores
-from simclr_fast.data.shards import MANIFEST, Manifest, shard_fault
+from simclr_fast.data.commands.pack import Progress
+from simclr_fast.data.commands.shards import MANIFEST, Manifest, shard_fault
 from simclr_fast.data.sources import Dataset, Split
+from simclr_fast.data.sources.samples import shown
+from simclr_fast.data.sources.scan import cores
 
 FIRST = 20  # that many unreadable images are named
 FIRST_COPIES = 5  # and that many images that there are several times

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from simclr_fast.data import engine_name, train_views
+from simclr_fast.data.commands.shards import replace_text
+from simclr_fast.data.engines.torchvision_engine import decode
 from simclr_fast.data.policy import Params, Policy, permutation
-from simclr_fast.data.samples import shown
-from simclr_fast.data.shards import replace_text
 from simclr_fast.data.sources import DataError, Dataset, Split
-from simclr_fast.data.torchvision_engine import decode
+from simclr_fast.data.sources.samples import shown
 
 ENGINES = {"dali": "DALI", "torchvision": "torchvision"}
 ORIGINAL_SIDE, VIEW_SIDE = 480, 320  # pixels; larger ones are shown smaller
