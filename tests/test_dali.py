@@ -168,3 +168,27 @@ def test_stopping_early_leaves_no_thread(photos: Dataset):
     next(made)
     made.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dialect", ["torchvision", "tf"])
+def test_views_of_a_gpu_are_those_of_the_cpu(photos: Dataset, dialect: str):
+    """Decoded by other hardware and rounded to whole levels between resize and jitter, which jitter then stretches."""
+    on_gpu = views(photos, 224, steps=2, dialect=dialect, device="cuda")
+    on_cpu = views(photos, 224, steps=2, dialect=dialect)
+    assert np.array_equal(on_gpu[2], on_cpu[2])
+    std = torch.tensor(Policy(224, dialect=dialect).std).view(3, 1, 1)
+    for one, other in zip(on_gpu[:2], on_cpu[:2], strict=True):
+        assert one.is_cuda
+        levels = 255 * std * (one.cpu() - other).abs()
+        assert levels.mean() < 1.5
+        assert levels[..., 4:-4, 4:-4].median() < 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_bytes_again_and_with_a_bound_on_memory(photos: Dataset):
+    whole, again = (views(photos, 96, steps=3, device="cuda") for _ in range(2))
+    assert torch.equal(whole[0], again[0])
+    assert torch.equal(whole[1], again[1])
+    small = views(photos, 96, steps=3, device="cuda", settings=Settings(2, memory_mib=64))
+    assert (whole[0] - small[0]).abs().max() < 1e-5

@@ -1,12 +1,15 @@
 """The choice of the engine, pixels held on the device, and what is advised when the input is short."""
 
 import dataclasses
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simclr_fast.data import Policy, Settings, Split, choose, engine_name, eval_images, train_views
 from simclr_fast.data.engines import resident, tune
@@ -141,3 +144,49 @@ def test_reading_is_timed():
     settings = Settings()
     settings.meter.add("reading", time.perf_counter() - 1)
     assert settings.meter.reading >= 1
+
+
+SHARD = """
+import hashlib, sys
+from simclr_fast.data import Policy, open_dataset, train_views
+data, rank, world = sys.argv[1], *map(int, sys.argv[2:])
+split = open_dataset(data).train
+for one, two, indices in train_views(split, Policy(16), batch=8, seed=5, start_step=3, steps=6, rank=rank, world=world):
+    for row in range(len(indices)):
+        digest = hashlib.sha256(one[row].numpy().tobytes() + two[row].numpy().tobytes()).hexdigest()
+        print(indices[row], digest)
+"""
+
+
+def test_two_processes_make_the_views_of_one(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for k in range(20):  # of other sizes than what is held
+        Image.fromarray(rng.integers(0, 256, (30 + k, 150, 3), dtype=np.uint8)).save(tmp_path / f"{k}.jpg")
+
+    def lines(rank: int, world: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", SHARD, tmp_path, str(rank), str(world)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    started = [lines(0, 1), lines(0, 2), lines(1, 2)]
+    whole, *halves = ([*process.communicate()[0].splitlines()] for process in started)
+    assert len(whole) == 48
+    batches = [half[4 * step : 4 * step + 4] for step in range(6) for half in halves]
+    assert whole == [line for batch in batches for line in batch]
+    passes = [line.split()[0] for line in whole][16:]  # 24 places into a stream of 20 images: its third pass
+    assert len(set(passes[:20])) == 20
+
+
+@pytest.mark.gpu
+def test_pixels_held_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    split = held()
+    on_gpu, on_cpu = views(split, "resident", device="cuda"), views(split, "resident")
+    for one, other in zip(on_gpu, on_cpu, strict=True):
+        assert one[0].is_cuda
+        torch.testing.assert_close(one[0].cpu(), other[0], atol=1e-3, rtol=0)
+        assert np.array_equal(one[2], other[2])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made = train_views(split, Policy(16), batch=10, seed=0, start_step=0, steps=2, engine="resident", device="cuda")
+        next(made)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

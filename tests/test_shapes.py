@@ -66,7 +66,7 @@ def test_an_interrupted_start_leaves_nothing(cache, monkeypatch):
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("simclr_fast.data.shapes._write", full_disk)
+    monkeypatch.setattr("simclr_fast.data.sources.shapes._write", full_disk)
     with pytest.raises(DataError, match=r"No space left"):
         make_shapes(train=1, test=1)
     assert not list(cache.iterdir())

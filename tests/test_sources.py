@@ -270,7 +270,7 @@ def test_pixels_are_read_as_they_are(engine: str):
 def test_a_file_that_has_become_shorter_is_not_read(tmp_path: Path):
     split = open_dataset(str(fill(tmp_path / "set", "1.jpg"))).train
     os.truncate(tmp_path / "set" / "1.jpg", 100)
-    with pytest.raises(OSError, match=r"1\.jpg is shorter than"):
+    with pytest.raises(OSError, match="it is shorter than"):
         split.read(0)
 
 

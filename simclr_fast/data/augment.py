@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -156,14 +157,19 @@ def _augment(
     if backend == "triton":
         from simclr_fast.kernels import augment as kernels
 
-        numbers = torch.tensor([*mean, *(1 / value for value in std)], dtype=torch.float32)
-        numbers = numbers.to(images.device, non_blocking=True)
+        numbers = _on_device(tuple(constants), images.device)
         out = kernels.augment(images, params, index, size, crop, tf, numbers, blur_radius, dtype)
     elif backend == "native":
         out = _native(images, params, index, size, crop, tf, mean, std, blur_radius).to(dtype)
     else:
         out = _reference(images, params, index, size, crop, tf, mean, std, blur_radius, dtype)
     return out.permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)
+def _on_device(constants: tuple[float, ...], device: torch.device) -> Tensor:
+    """Mean and 1 / std, copied once and not in every step."""
+    return torch.tensor([*constants[:3], *(1 / value for value in constants[3:])], dtype=torch.float32).to(device)
 
 
 @_augment.register_fake

@@ -92,7 +92,7 @@ class Feed:
         try:
             encoded = self.split.read(index)
         except (OSError, ValueError) as error:
-            self.reject(index, str(error))
+            self.reject(index, getattr(error, "strerror", None) or str(error))
             return None
         return encoded
 

@@ -79,12 +79,12 @@ class Split:
             stamp = os.fstat(file.fileno()).st_mtime_ns
             encoded = np.fromfile(file, np.uint8, length, offset=int(self.offsets[index]))
         if len(encoded) < length:
-            raise OSError(f"{shown(str(path))} is shorter than when it was checked")
+            raise OSError("it is shorter than when it was checked")
         # Only then is it decoded here: DALI may end the whole process at an image that it cannot decode.
         if self.stamps is not None and stamp != self.stamps[index]:
             verdict = examine(encoded.tobytes())
             if verdict.fault or (verdict.height, verdict.width) != tuple(self.sizes[index]):
-                raise OSError(f"{shown(str(path))} was changed: {verdict.fault or 'it has another size'}")
+                raise OSError(f"it was changed since it was checked: {verdict.fault or 'it has another size'}")
         return encoded
 
 
