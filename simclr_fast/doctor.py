@@ -115,6 +115,27 @@ def nt_xent(backend: str) -> Finding:
     return _judged(max(off, slope), bound, f"{where}, relative error {off:.1e}, of the gradient {slope:.1e}")
 
 
+def views(backend: str) -> Finding:
+    """Views of uint8 images by a backend of `augment`, against float64."""
+    import numpy as np
+
+    from simclr_fast.data import Policy, augment
+    from simclr_fast.data.augment import HAS_NUMBA, HAS_TRITON
+
+    if not {"native": HAS_NUMBA, "triton": HAS_TRITON}[backend]:
+        return Finding(SLOWER, f"{'numba' if backend == 'native' else 'Triton'} is not installed")
+    rng, count, side = np.random.default_rng(0), 8, 40
+    images = torch.from_numpy(rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8))
+    sizes = np.full((count, 2), side)
+    params = Policy(side).draw(0, np.zeros(count, np.int64), np.arange(count), 0, sizes)
+    target = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
+    truth = augment(images, params, dialect="tf", backend="reference", dtype=torch.float64)  # in [0, 1]
+    made = augment(images.to(target), params, dialect="tf", backend=backend).cpu()
+    levels = 255 * float((made.double() - truth).abs().max())
+    where = "GPU" if target == "cuda" else "interpreter" if backend == "triton" else "CPU"
+    return _judged(levels, 0.03, f"{where}, at most {levels:.1e} of 255 levels off")
+
+
 def input_pipeline() -> Finding:
     """Both engines make the same view of the same image."""
     import numpy as np
@@ -164,6 +185,8 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "LARS": lars_step,
     "NT-Xent, native": lambda: nt_xent("native"),
     "NT-Xent, Triton": lambda: nt_xent("triton"),
+    "views, native": lambda: views("native"),
+    "views, Triton": lambda: views("triton"),
     "input": input_pipeline,
     "processes": processes,
 }

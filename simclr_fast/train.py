@@ -6,23 +6,20 @@ JPEGs -> two augmented views -> encoder -> projection head -> NT-Xent over all r
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simclr_fast import checkpoint, methods, report
-from simclr_fast.cli import parse, saved_settings
+from simclr_fast.cli import parse
 from simclr_fast.config import ConfigError
 from simclr_fast.data import (
     DataError,
@@ -35,7 +32,7 @@ from simclr_fast.data import (
     train_views,
     write_skipped,
 )
-from simclr_fast.data.engines.tune import Waits, prepared
+from simclr_fast.data.engines.tune import Waits, memory_in_use, prepared
 from simclr_fast.distributed import (
     Ranks,
     data_parallel,
@@ -48,7 +45,8 @@ from simclr_fast.distributed import (
 from simclr_fast.environment import cpu_has_bf16, device_name, slower_for, versions
 from simclr_fast.optim import LARS, Schedule, describe_lr, lars_param_groups, scaled_lr, total_steps, warmup_steps
 from simclr_fast.probe import Probe
-from simclr_fast.record import METRICS, Progress, Recorder, RunError, claimed, read_metrics, write_text
+from simclr_fast.record import Progress, Recorder, RunError, claimed
+from simclr_fast.resume import results, take_up
 
 MODULE = "simclr_fast.train"
 PAPER_WARMUP_EPOCHS = 10.0
@@ -157,6 +155,8 @@ class Run:
                     score = entry["knn_top1"] = self.probe.accuracy(self.method.encoder)
             recorder.write(entry)
             progress.show(self.step, self._line(entry), always=epoch is not None)
+            if self.ranks.device.type == "cuda" and len(recorder.records) == 1:
+                progress.say(memory_in_use(self.ranks.device))
             if epoch:
                 self._save(epoch, score)
                 epoch_losses = []
@@ -231,52 +231,6 @@ class Run:
         )  # fmt: skip
         report.write_report(self.folder / "report.html", page)
         recorder.write(last | {"knn": accuracies, "finished": True})
-
-
-def results(folder: Path) -> str:
-    """The results of a finished run, as the user reads them."""
-    last = read_metrics(folder)[-1]
-    figures = " · ".join(f"{name} {value:.1%}" for name, value in last["knn"].items())
-    shown = f"kNN accuracy: {figures}\n" if figures else ""
-    return f"{shown}checkpoint {folder}/checkpoints/{checkpoint.LAST}\nreport {folder}/report.html"
-
-
-def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None, list[str], bool]:
-    """What the run folder says: (state to go on from or None, lines to show, whether the run is finished).
-
-    Raises:
-        RunError: the folder holds a run with other settings or other data.
-        CheckpointError: it has checkpoints, and none can be read.
-    """
-    path, checkpoints = folder / "config.json", folder / "checkpoints"
-    if cfg.resume == "never":
-        if checkpoints.exists():
-            shutil.rmtree(checkpoints)
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        for name in (METRICS, "report.html", "config.json"):  # the last one says whose the rest is
-            (folder / name).unlink(missing_ok=True)
-    if not path.exists():
-        if checkpoints.exists():
-            raise RunError(f"{folder} holds checkpoints and no config.json. Choose another --out, or --resume never")
-        write_text(path, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        return None, [], False
-    differing = cfg.differences(saved_settings(path))
-    if differing:
-        raise RunError(
-            f"{folder} holds a run with other settings ({'; '.join(differing)}). Choose another --out, or delete "
-            "that run with --resume never"
-        )
-    records = read_metrics(folder)
-    state, complaints = checkpoint.load(checkpoints)
-    if records and records[-1].get("finished"):
-        afresh = "This run is finished. To start it afresh, give --resume never."
-        return None, [*complaints, results(folder), afresh], True
-    if state and state["images"] != images:
-        raise RunError(f"{folder} holds a run on {state['images']} images, and {cfg.data} now has {images}")
-    if state:
-        complaints.append(f"Going on after epoch {state['epoch']} of {cfg.epochs}, from {folder}")
-    return state, complaints, False
 
 
 def prepare(cfg: Any, world: int, threads: int) -> Dataset:

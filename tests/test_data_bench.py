@@ -162,6 +162,16 @@ def test_what_a_process_answers_for_those_who_cannot_run(bench, work, monkeypatc
         assert once.told == [answer]
 
 
+def test_one_that_stops_is_said_and_not_measured(bench):
+    class Stopped:
+        def take(self, seed, window):
+            return "failed: the process ended"
+
+    statuses = {"it": "ok"}
+    assert np.isnan(bench.lap(Stopped(), bench.Window(1, 0), "it", statuses)()).all()
+    assert statuses == {"it": "failed: the process ended"}
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_time_and_memory_of_processes(bench):
     from _data_process import cpu_seconds, family, resident_mib

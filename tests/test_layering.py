@@ -26,6 +26,7 @@ ALLOWED = {
     "knn": set(),
     "environment": {"data", "optim"},
     "probe": {"data", "knn"},
+    "resume": {"checkpoint", "cli", "record"},
     "__init__": {"losses", "optim", "data"},
 }
 

@@ -139,6 +139,16 @@ class Waits:
         return start + "--tune-input finds the number of threads that suits this machine"
 
 
+def memory_in_use(device: torch.device) -> str:
+    """A sentence on a GPU's memory: PyTorch's part, and that of all others, such as DALI."""
+    free, total = torch.cuda.mem_get_info(device)
+    by_torch, gib = torch.cuda.memory_reserved(device), 2**30
+    return (
+        f"GPU memory: {by_torch / gib:.1f} GiB by PyTorch, {(total - free - by_torch) / gib:.1f} GiB by DALI, CUDA and "
+        f"other programs, {free / gib:.1f} GiB free of {total / gib:.0f}"
+    )
+
+
 def _cpu_seconds() -> float:
     """Of all threads of this process, and of its processes that have ended."""
     return sum(os.times()[:4])
