@@ -179,7 +179,7 @@ def _coloured(r, g, b, row_ptr, red, green, blue, TF: tl.constexpr):
 
 
 #   reads  the image once where there is jitter;  writes  3 numbers a chunk
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "S", "chunks"])
 def mean_kernel(
     image_ptr,  # [N, H, W, 3] uint8
     params_ptr,  # [B, 16]
@@ -243,7 +243,7 @@ def _place(row_ptr, y, x, S):
 
 
 #   reads  the image once, where it is blurred also the halos, from the cache;  writes  the view
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "S", "chunks", "tiles"])
 def view_kernel(
     image_ptr,  # [N, H, W, 3] uint8
     params_ptr,  # [B, 16]

@@ -129,7 +129,7 @@ class _Graph:
                 part.append(augment(images, rows, dtype=dtype, **look))
             if self.device.type == "cuda":  # DALI must not write over crops that a kernel still reads
                 held.append((torch.cuda.current_stream(self.device).record_event(), crops))
-                if len(held) > 1:
+                if len(held) > AHEAD:
                     held.popleft()[0].synchronize()
             if chunk.last:
                 yield [part[0] if len(part) == 1 else _joined(part) for part in parts], chunk.batch.indices
