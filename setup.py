@@ -145,7 +145,7 @@ setup(
     extras_require={
         "dev": ["pytest==9.2.0", "hypothesis>=6.100", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"],
         # Losses that tests and bench/ compare with.
-        "peers": ["lightly>=1.5.20", "pytorch-metric-learning>=2.8", "open_clip_torch>=3"],
+        "peers": ["lightly>=1.5.20", "pytorch-metric-learning>=2.8", "open_clip_torch>=3", "kornia>=0.8"],
         "bench": ["matplotlib>=3.9"],
     },
 )

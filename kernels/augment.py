@@ -322,17 +322,18 @@ def augment(
     chunks = triton.cdiv(size * size, CHUNK)
     sums = torch.empty(B, chunks, 3, dtype=torch.float32, device=images.device)
     tiles = max(triton.cdiv(size, BLOCK - 2 * halo) ** 2 if halo else 0, chunks)
-    for first in range(0, B, MAX_VIEWS):
-        part = slice(first, first + MAX_VIEWS)
-        views = len(params[part])
-        mean_kernel[(chunks, views)](
-            images, params[part], index[part], sums[part], N, H, W, size, chunks,
-            num_warps=8, **mean_constants(crop, tf),
-        )  # fmt: skip
-        view_kernel[(tiles, views)](
-            images, params[part], index[part], sums[part], constants, out[part], N, H, W, size, chunks, tiles,
-            num_warps=warps(dtype, halo), **view_constants(crop, tf, halo, dtype, chunks),
-        )  # fmt: skip
+    with torch.cuda.device_of(images):
+        for first in range(0, B, MAX_VIEWS):
+            part = slice(first, first + MAX_VIEWS)
+            views = len(params[part])
+            mean_kernel[(chunks, views)](
+                images, params[part], index[part], sums[part], N, H, W, size, chunks,
+                num_warps=8, **mean_constants(crop, tf),
+            )  # fmt: skip
+            view_kernel[(tiles, views)](
+                images, params[part], index[part], sums[part], constants, out[part], N, H, W, size, chunks, tiles,
+                num_warps=warps(dtype, halo), **view_constants(crop, tf, halo, dtype, chunks),
+            )  # fmt: skip
     return out
 
 

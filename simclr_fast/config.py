@@ -126,6 +126,9 @@ class Config:
         for name in ("gpus", "workers"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
         self._require("tolerate_unreadable", 0 <= self.tolerate_unreadable <= 1, "a share, 0 to 1")
+        self._require(
+            "workers", self.workers is None or not self.tune_input, "left out with --tune-input, which finds it"
+        )
         self._require("input_memory", self.input_memory >= 64, "at least 64 (MiB)")
         self._require("min_area", 0 < self.min_area <= 1, "in (0, 1]")
         self._require("blur", 0 <= self.blur <= 1, "a probability")

@@ -71,13 +71,14 @@ def launch(module: str, argv: Sequence[str], ranks: int) -> int:
 
 
 class Ranks:
-    """This process among the others: `rank`, `world`, `device`, and `group` (None when alone)."""
+    """This process among the others: `rank`, `world`, `per_host`, `device`, and `group` (None when alone)."""
 
     def __init__(self, use_gpu: bool) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local, per_host = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.per_host = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = max(1, cores // per_host)
+        self.threads = max(1, cores // self.per_host)
         self.device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
         if use_gpu:
             torch.cuda.set_device(self.device)
@@ -109,6 +110,20 @@ class Ranks:
         if failure is not None:
             raise failure
         return cast(T, value)
+
+    def agree(self, value: str, complaint: str) -> None:
+        """
+        Raises:
+            ConfigError: `value` differs among the ranks; on every rank.
+        """
+        if self.group is None:
+            return
+        values: list[str | None] = [None] * self.world
+        dist.all_gather_object(values, value)
+        different = [rank for rank, other in enumerate(values) if other != values[0]]
+        if different:
+            first = different[0]
+            raise ConfigError(f"{complaint}, got {values[0]} on rank 0 and {values[first]} on rank {first}")
 
     def close(self) -> None:
         if self.group is not None:

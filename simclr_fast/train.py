@@ -28,6 +28,7 @@ from simclr_fast.data import (
     Settings,
     choose,
     engine_name,
+    fingerprint,
     open_dataset,
     train_views,
     write_skipped,
@@ -97,10 +98,10 @@ class Run:
         """How images are prepared, which changes none of them; the engine; and a sentence that says both."""
         cfg, ranks, split = self.cfg, self.ranks, self.dataset.train
         try:
-            engine, note = choose(cfg.loader, split, ranks.device, ranks.world)
+            engine, note = choose(cfg.loader, split, ranks.device, ranks.per_host)
         except ValueError as error:
             raise ConfigError(f"loader: {error}") from error
-        settings = Settings(ranks.threads, memory_mib=cfg.input_memory, ranks=ranks.world)
+        settings = Settings(ranks.threads, memory_mib=cfg.input_memory, ranks=ranks.per_host)
         if cfg.workers is not None:
             settings = dataclasses.replace(settings, workers=cfg.workers)
         elif ranks.main or not cfg.tune_input:
@@ -136,7 +137,7 @@ class Run:
         )  # fmt: skip
         recent: list[Tensor] = []
         epoch_losses: list[float] = []
-        began, waited, waits = time.monotonic(), 0.0, Waits(self.input)
+        began, waited, waits, told = time.monotonic(), 0.0, Waits(self.input), False
         while self.step < self.total:
             asked = time.monotonic()
             view1, view2, _ = next(views)
@@ -146,7 +147,7 @@ class Run:
             if not epoch and self.step % log_every:
                 continue
             entry = self._entry(recent, time.monotonic() - began, waited)
-            waits.add(time.monotonic() - began, waited)
+            waits.add(waited)
             epoch_losses.append(entry["loss"])
             score = -sum(epoch_losses) / len(epoch_losses)
             if epoch and self.probe.labelled:
@@ -155,12 +156,14 @@ class Run:
                     score = entry["knn_top1"] = self.probe.accuracy(self.method.encoder)
             recorder.write(entry)
             progress.show(self.step, self._line(entry), always=epoch is not None)
-            if self.ranks.device.type == "cuda" and len(recorder.records) == 1:
+            if self.ranks.device.type == "cuda" and not told:
                 progress.say(memory_in_use(self.ranks.device))
+                told = True
             if epoch:
                 self._save(epoch, score)
                 epoch_losses = []
             recent, began, waited = [], time.monotonic(), 0.0
+            waits.start()
         self.advice = waits.advice(self.input_engine, self.ranks.device)
         if self.advice:
             progress.say(self.advice)
@@ -253,6 +256,7 @@ def prepare(cfg: Any, world: int, threads: int) -> Dataset:
 def train(cfg: Any, ranks: Ranks) -> None:
     """The whole job on one rank."""
     dataset = prepare(cfg, ranks.world, ranks.threads)
+    ranks.agree(fingerprint(dataset), f"data must be the same on every rank, and {cfg.data} is not")
     folder = cfg.folder()
     with ExitStack() as stack:
         ranks.from_main(lambda: stack.enter_context(claimed(folder)))

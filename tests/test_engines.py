@@ -49,6 +49,8 @@ def test_small_images_that_fit_are_held(monkeypatch: pytest.MonkeyPatch):
     assert choose("resident", large, CPU)[0] == "resident"
     assert choose("torchvision", split, CPU)[0] == "torchvision"
     monkeypatch.setattr(resident, "CPU_SHARE", 0)
+    assert choose("auto", split, CPU)[0] == "resident"  # it is there already
+    split = dataclasses.replace(split, pixels=None)
     assert choose("auto", split, CPU)[0] == engine_name("auto")[0]
     with pytest.raises(ValueError, match="engine 'resident' must hold all 30 images .* in 0 MiB on cpu, which is too"):
         choose("resident", split, CPU)
@@ -111,13 +113,11 @@ def test_the_fewest_threads_that_are_nearly_the_fastest():
 
 
 def waited(wait: float, *, read: float = 0, busy: bool = False, workers: int = 64) -> Waits:
-    settings = Settings(workers)
-    waits = Waits(settings)
-    waits.add(9, 9)  # the first is not counted
-    settings.meter.reading += read
-    waits.add(1, wait)
-    if busy:
-        waits._cpu -= 10**6
+    waits = Waits(Settings(workers))
+    waits.add(9)  # the first is not counted
+    waits.start()
+    waits.add(wait)
+    waits._seconds, waits._read, waits._cpu = 1, read, 10**6 * busy
     return waits
 
 

@@ -1,6 +1,7 @@
 """What happens to images that were good when they were checked, in every engine; and the bound on decoded images."""
 
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,7 @@ def test_an_image_that_goes_bad_is_replaced_and_said_and_no_other_view_changes(
     said = [record.getMessage() for record in caplog.records]
     assert sum("07.jpg cannot be read any more" in line and "08.jpg takes its place" in line for line in said) == 1
     others = indices != 7
-    if engine != "resident":  # which fills the place itself
-        np.testing.assert_array_equal(made, np.where(others, indices, 8))
+    np.testing.assert_array_equal(made, np.where(others, indices, 8))
     np.testing.assert_allclose(after[others], before[others], atol=0.02)
     assert np.isfinite(after).all()
 
@@ -66,8 +66,10 @@ def test_over_5_percent_is_an_error_that_names_one(folder: Path, engine: str):
     split = open_dataset(str(folder)).train
     for k in range(3):
         (folder / f"{10 * k:02d}.jpg").unlink()
-    with pytest.raises(DataError, match=r"3 of 40 images became unreadable, the last one \d0.jpg"):
-        views(split, engine)
+    said = r"^data must stay .* 3 of 40 images became unreadable, the last one \d0.jpg"
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=said):
+            views(split, engine, workers=workers)
 
 
 def test_replacements_of_replacements():
@@ -92,6 +94,30 @@ def test_chunks_cover_the_rows_within_the_bound(folder: Path):
         assert np.concatenate([np.arange(len(indices))[part] for part in parts]).tolist() == list(range(6))
         assert all(sizes[part].sum() <= limit or part.stop - part.start == 1 for part in parts)
     assert len(chunks(split, indices, 10**9)) == 1
+
+
+@pytest.mark.skipif(not HAS_DALI, reason="needs NVIDIA DALI")
+def test_decoding_waits_for_rendering(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from simclr_fast.data.engines import render_ahead
+
+    made, add, behind = render_ahead.Rendering._make, render_ahead.Rendering.add, []
+    jobs: list = []
+
+    def slow(self, rows, images):
+        time.sleep(0.02)
+        made(self, rows, images)
+
+    def counted(self, rows, images):
+        jobs.extend(add(self, rows, images))
+        behind.append(sum(not job.done() for job in jobs))
+        return jobs[-1:]
+
+    monkeypatch.setattr(render_ahead.Rendering, "_make", slow)
+    monkeypatch.setattr(render_ahead.Rendering, "add", counted)
+    split = open_dataset(str(folder)).train
+    views(split, "dali", settings=Settings(1, memory_mib=0))
+    assert len(behind) == 80  # chunks of one image
+    assert max(behind) <= 2
 
 
 @pytest.mark.skipif(not HAS_DALI, reason="needs NVIDIA DALI")

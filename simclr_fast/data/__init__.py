@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 
@@ -28,6 +29,7 @@ __all__ = [
     "choose",
     "engine_name",
     "eval_images",
+    "fingerprint",
     "open_dataset",
     "train_views",
     "write_skipped",
@@ -95,6 +97,17 @@ def eval_images(
     settings = settings or Settings(workers)
     for (images,), rows in run(engine, split, policy, made, plan, torch.device(device), dtype, settings):
         yield images, rows
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """The number of images, and a digest of what the order of a run and its labels depend on."""
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.test):
+        if split is not None:
+            digest.update("\n".join(split.names).encode("utf-8", "surrogatepass"))
+            for column in (split.lengths, split.sizes, split.labels):
+                digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
+    return f"{len(dataset.train)} images ({digest.hexdigest()[:12]})"
 
 
 def _train_batch(

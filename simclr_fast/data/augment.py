@@ -67,7 +67,8 @@ def augment(
     side = images.shape[1] if size is None else size
     square = crop or images.shape[1] == images.shape[2]
     _require(square, "images must be square without size: crops, resized", list(images.shape))
-    _require(1 <= side <= 32767, "size must be in 1 to 32767, or None", size)
+    _require(1 <= side <= 16384, "size must be in 1 to 16384, or None", size)
+    _require(images.shape[1:].numel() < 2**31, "images must have under 2^31 bytes each", list(images.shape))
     policy = Policy(side, dialect=dialect)
     mean, std = policy.mean if mean is None else mean, policy.std if std is None else std
     for name, values in (("mean", mean), ("std", std)):
@@ -113,13 +114,18 @@ def _rows(
     _require(index.dtype == torch.int64 and index.ndim == 1, "index must be int64 [B]", (index.dtype, index.ndim))
     counts = f"{len(packed)} rows and {len(index)} {'images' if everything else 'indices'}"
     _require(len(index) == len(packed), "params must have a row for each view", counts)
+    device, non_blocking = images.device, images.is_cuda
+    checked = packed.device.type == "cpu" or device.type == "cpu", index.device.type == "cpu" or device.type == "cpu"
+    if not non_blocking:
+        packed, index = packed.to(device), index.to(device)
     if not torch.compiler.is_compiling():
-        if index.device.type == "cpu" and len(index):
+        if checked[1] and len(index):
             inside = 0 <= int(index.min()) and int(index.max()) < len(images)
             _require(inside, f"index must be in 0 to {len(images) - 1}", (int(index.min()), int(index.max())))
-        if packed.device.type == "cpu":
+        if checked[0]:
             _check(packed.numpy(), images.shape[1:3], crop)
-    return packed.to(images.device, non_blocking=True).contiguous(), index.to(images.device, non_blocking=True)
+    rows, which = packed.to(device, non_blocking=non_blocking), index.to(device, non_blocking=non_blocking)
+    return rows.contiguous(), which.contiguous()
 
 
 def _check(rows: np.ndarray, shape: torch.Size, crop: bool) -> None:

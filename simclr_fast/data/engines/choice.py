@@ -56,6 +56,8 @@ def choose(engine: str, split: Split, device: torch.device, ranks: int = 1) -> t
         ValueError: as `engine_name`; or `resident` was asked for and the pixels do not fit.
     """
     bytes_, room, side = resident.size_of(split), resident.room_on(device, ranks), int(split.sizes.max())
+    if resident.is_loaded(split, device):  # then it takes no more, and what is free is other than before
+        room = max(room, bytes_)
     held = f"all {len(split):,} images ({bytes_ / 2**20:,.0f} MiB of pixels)"
     if engine == "resident" and bytes_ > room:
         raise ValueError(

@@ -7,8 +7,8 @@ On a GPU, DALI also crops and resizes, and `augment` does the rest there. On a C
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,14 +18,14 @@ from nvidia.dali.types import DALIInterpType
 from torch import Tensor
 
 from simclr_fast.data.augment import augment
-from simclr_fast.data.engines.feed import Batch, Feed, Loaded, Plan, Settings, chunks, replaced
+from simclr_fast.data.engines.feed import Feed, Loaded, Plan, Settings, chunks
 from simclr_fast.data.engines.render_ahead import Rendering
 from simclr_fast.data.policy import Policy
 from simclr_fast.data.sources import DataError, Split
 
 AHEAD = 2  # chunks decoded, and as many steps rendered, before they are asked for
 HELD = AHEAD + 2  # chunks whose pixels exist at a time
-DECODED = 256  # images at a time, where all are decoded
+MOST_HELD = 8  # chunks of crops that kernels may still have to read
 
 
 class Chunk(NamedTuple):
@@ -50,11 +50,8 @@ def run(
         graph = _Graph(feed, policy, steps, device, settings, pool, crops)
         try:
             yield from graph.cropped(dtype) if crops else graph.rendered(dtype)
-        except RuntimeError as error:
-            raise DataError(
-                f"data must be images that DALI can decode, got one that it cannot in step {graph.step}: --loader "
-                f"torchvision does without it ({str(error).splitlines()[0]})"
-            ) from error
+        finally:
+            graph.close()
 
 
 class _Graph:
@@ -70,11 +67,11 @@ class _Graph:
         indices, params = feed.planned(steps[0])
         self._views = len(params)
         on_gpu = device.type == "cuda"
-        self._pipe = _pipeline(
+        self._pipe: Any = _pipeline(
             self._source(), self._views if crops else 0, policy.size, not policy.constants[0], settings.hardware,
             on_gpu, batch_size=len(indices),
             num_threads=max(1, settings.workers),
-            device_id=(device.index or 0) if on_gpu else None,
+            device_id=torch.cuda.current_device() if on_gpu and device.index is None else device.index,
             prefetch_queue_depth=AHEAD,
             exec_dynamic=True,  # whose outputs live as long as they are referred to
         )  # fmt: skip
@@ -82,17 +79,17 @@ class _Graph:
     def _source(self) -> Iterator[tuple[list[np.ndarray], ...]]:
         """What the graph is fed: the files of a chunk, and for each view where it is cropped."""
         limit = self.settings.memory_mib * 2**20 // HELD
-        for batch in self.feed.ahead(self.pool, self._steps, self.settings.workers + 1):
+        for batch in self.feed.ahead(self.pool, self._steps, self.settings):
             parts = chunks(self.feed.split, batch.indices, limit)
             for k, rows in enumerate(parts):
                 self._decoding.append(Chunk(batch, rows, k == len(parts) - 1))
                 windows = [one.window[rows].astype(np.int32) for one in batch.params] if self._crops else []
                 yield (batch.encoded[rows], *(part for w in windows for part in (list(w[:, :2]), list(w[:, 2:]))))
 
-    @property
-    def step(self) -> int:
-        """The one that is being decoded."""
-        return self._decoding[0].batch.step if self._decoding else self._steps[0]
+    def close(self) -> None:
+        """Let go of the pipeline, which holds its source, which holds this."""
+        self._pipe = None
+        self._decoding.clear()
 
     def _decoded(self) -> Iterator[tuple[Chunk, Any]]:
         while True:
@@ -100,16 +97,31 @@ class _Graph:
                 out = self._pipe.run()
             except StopIteration:
                 return
+            except RuntimeError as error:
+                if "memory" in str(error) or "alloc" in str(error):
+                    raise
+                step = self._decoding[0].batch.step if self._decoding else self._steps[0]
+                raise DataError(
+                    f"data must be images that DALI can decode, got one that it cannot in step {step}: --loader "
+                    f"torchvision does without it ({str(error).splitlines()[0]})"
+                ) from error
             yield self._decoding.popleft(), out
 
     def rendered(self, dtype: torch.dtype) -> Iterator[tuple[list[Tensor], np.ndarray]]:
         """Views made by compiled code from whole images."""
         waiting: deque[Rendering] = deque()
+        holding: deque[list[Future[None]]] = deque()  # jobs, and with them the pixels of a chunk
         for chunk, (images,) in self._decoded():
             if chunk.rows.start == 0:
                 batch = chunk.batch
                 waiting.append(Rendering(self.policy, batch.indices, batch.params, self.pool, self.settings))
-            waiting[-1].add(range(chunk.rows.start, chunk.rows.stop), [np.asarray(image) for image in images])
+            jobs = waiting[-1].add(
+                range(chunk.rows.start, chunk.rows.stop), [np.asarray(images[k]) for k in range(len(images))]
+            )
+            del images
+            holding.append(jobs)
+            if len(holding) == HELD - AHEAD:
+                wait(holding.popleft())
             if chunk.last and len(waiting) > AHEAD:
                 yield waiting.popleft().finished(self.device, dtype)
         while waiting:
@@ -117,53 +129,65 @@ class _Graph:
 
     def cropped(self, dtype: torch.dtype) -> Iterator[tuple[list[Tensor], np.ndarray]]:
         """Views made by `augment` from crops of the right size."""
+        held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()  # DALI must not write over what kernels still read
+        try:
+            yield from self._cropped(dtype, held)
+        finally:
+            for event, _ in held:
+                event.synchronize()
+
+    def _cropped(
+        self, dtype: torch.dtype, held: deque[tuple[torch.cuda.Event, list[Tensor]]]
+    ) -> Iterator[tuple[list[Tensor], np.ndarray]]:
         tf, mean, std, radius = self.policy.constants
         look: dict[str, Any] = {"dialect": self.policy.dialect, "mean": mean, "std": std, "blur_radius": radius}
         parts: list[list[Tensor]] = [[] for _ in range(self._views)]
-        held: deque[tuple[Any, list[Tensor]]] = deque()
         for chunk, outputs in self._decoded():
             crops = [torch.from_dlpack(images.as_tensor()) for images in outputs]
             for part, images, params in zip(parts, crops, chunk.batch.params, strict=True):
                 rows = torch.from_numpy(params.packed()[chunk.rows])
                 rows = rows.pin_memory() if self.device.type == "cuda" else rows
                 part.append(augment(images, rows, dtype=dtype, **look))
-            if self.device.type == "cuda":  # DALI must not write over crops that a kernel still reads
+            if self.device.type == "cuda":
                 held.append((torch.cuda.current_stream(self.device).record_event(), crops))
-                if len(held) > AHEAD:
-                    held.popleft()[0].synchronize()
+                while held and (len(held) > MOST_HELD or held[0][0].query()):
+                    held[0][0].synchronize()
+                    held.popleft()
             if chunk.last:
                 yield [part[0] if len(part) == 1 else _joined(part) for part in parts], chunk.batch.indices
                 parts = [[] for _ in range(self._views)]
 
 
-def decode_into(out: np.ndarray, split: Split, settings: Settings) -> Iterator[int]:
-    """Decode a split into the corners of `out`, uint8 [n, H, W, 3]; yields the number of images that are done.
+def decode_into(out: np.ndarray, feed: Feed, steps: range, settings: Settings) -> Iterator[int]:
+    """Decode the images of steps one after the other into the corners of `out`, uint8 [n, H, W, 3].
 
+    Yields:
+        The number of images that are done.
     Raises:
         RuntimeError: DALI cannot decode one of them.
     """
-    count = len(split)
-
-    def plan(step: int, places: Mapping[int, int]) -> Batch:
-        return replaced(np.arange(step * DECODED, min((step + 1) * DECODED, count)), places), ()
 
     def source() -> Iterator[tuple[list[np.ndarray]]]:
-        for batch in feed.ahead(pool, range(-(-count // DECODED)), settings.workers + 1):
+        for batch in feed.ahead(pool, steps, settings):
             yield (batch.encoded,)
 
-    feed, done, workers = Feed(split, plan, settings.meter), 0, max(1, settings.workers)
+    done, workers = 0, max(1, settings.workers)
     with ThreadPoolExecutor(workers) as pool:
         pipe = _pipeline(
-            source(), 0, 0, False, settings.hardware, False, batch_size=min(DECODED, count), num_threads=workers,
-            device_id=None, prefetch_queue_depth=AHEAD, exec_dynamic=True,
+            source(), 0, 0, False, settings.hardware, False, batch_size=len(feed.planned(steps[0])[0]),
+            num_threads=workers, device_id=None, prefetch_queue_depth=AHEAD, exec_dynamic=True,
         )  # fmt: skip
-        while done < count:
+        while done < len(out):
             (images,) = pipe.run()
             for k in range(len(images)):
-                pixels = np.asarray(images[k])[: out.shape[1], : out.shape[2]]
-                out[done + k, : pixels.shape[0], : pixels.shape[1]] = pixels
-            done += len(images)
+                into_corner(out[done], np.asarray(images[k]))
+                done += 1
             yield done
+
+
+def into_corner(out: np.ndarray, pixels: np.ndarray) -> None:
+    """Copy an image into a box that is at least as large."""
+    out[: pixels.shape[0], : pixels.shape[1]] = pixels
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

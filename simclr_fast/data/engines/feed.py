@@ -45,7 +45,7 @@ class Settings:
     """How an engine works; none of it changes a view."""
 
     workers: int = 2  # threads, or processes of the torchvision engine
-    memory_mib: int = 1024  # bound of the decoded images that DALI holds at a time, but for a single larger one
+    memory_mib: int = 1024  # bound of the decoded images that are held at a time, and again of files read ahead
     ranks: int = 1  # that share the memory of this host
     hardware: float = 0.65  # share of JPEGs that a GPU's decoder engines get; the rest go to its cores
     meter: Meter = field(default_factory=Meter)
@@ -130,8 +130,15 @@ class Feed:
             self._replaced[index] = other
         log.warning("%s cannot be read any more (%s); %s takes its place", names[index], reason, names[other])
 
-    def ahead(self, pool: ThreadPoolExecutor, steps: Sequence[int], depth: int) -> Iterator[Loaded]:
-        """The batches of steps in order, up to `depth` of them read before they are asked for."""
+    @property
+    def places(self) -> Mapping[int, int]:
+        """Image -> image that takes its place."""
+        return self._replaced
+
+    def ahead(self, pool: ThreadPoolExecutor, steps: Sequence[int], settings: Settings) -> Iterator[Loaded]:
+        """The batches of steps in order, read before they are asked for: one for each worker, if memory allows."""
+        each = float(self.split.lengths.mean()) * len(self.planned(steps[0])[0])
+        depth = max(2, min(settings.workers + 1, int(settings.memory_mib * 2**20 / max(each, 1))))
         loading: deque[Future[Loaded]] = deque()
         for k in range(len(steps) + depth):
             if k < len(steps):

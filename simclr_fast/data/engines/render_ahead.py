@@ -13,6 +13,7 @@ from torch import Tensor
 from simclr_fast.data.engines.feed import Settings
 from simclr_fast.data.policy import Params, Policy
 from simclr_fast.data.render import render
+from simclr_fast.data.sources import DataError
 
 
 class Rendering:
@@ -33,17 +34,21 @@ class Rendering:
         self._pool, self._settings = pool, settings
         self._jobs: list[Future[None]] = []
 
-    def add(self, rows: range, images: Sequence[np.ndarray]) -> None:
-        """Start making the views of these rows out of their images, uint8 [H, W, 3] each."""
+    def add(self, rows: range, images: Sequence[np.ndarray]) -> list[Future[None]]:
+        """Start making the views of these rows out of their images, uint8 [H, W, 3] each; the jobs that do so."""
         workers = max(1, self._settings.workers)
         shares = [slice(k, None, workers) for k in range(min(workers, len(rows)))]
-        self._jobs += [self._pool.submit(self._make, rows[share], images[share]) for share in shares]
+        jobs = [self._pool.submit(self._make, rows[share], images[share]) for share in shares]
+        self._jobs += jobs
+        return jobs
 
     def _make(self, rows: range, images: Sequence[np.ndarray]) -> None:
         began = time.perf_counter()
         outputs = [view.numpy() for view in self._views]
         for row, pixels in zip(rows, images, strict=True):
             for out, params in zip(outputs, self._rows, strict=True):
+                if (params[row, :2] + params[row, 2:4] > pixels.shape[:2]).any():  # compiled code would read beyond it
+                    raise DataError(f"data must stay as they are, got image {self._indices[row]} with another size")
                 render(out[row], pixels, params[row], *self._constants)
         self._settings.meter.add("rendering", began)
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -17,17 +18,18 @@ import torch
 from torch import Tensor
 
 from simclr_fast.data.augment import HAS_NUMBA, augment
-from simclr_fast.data.engines.feed import Feed, Plan, Settings, replaced
+from simclr_fast.data.engines.feed import Batch, Feed, Plan, Settings, replaced
 from simclr_fast.data.engines.torchvision_engine import decode
 from simclr_fast.data.policy import Policy
 from simclr_fast.data.sources import Split
 from simclr_fast.data.sources.samples import Ticker
 
 AHEAD = 2  # batches that are being made before they are asked for, on a CPU
+DECODED = 256  # images at a time
 MAX_SIDE = 128  # up to which images count as small
 GPU_SHARE, CPU_SHARE = 1 / 8, 1 / 4  # of the memory, that the pixels may take
 
-_loaded: WeakKeyDictionary[Split, dict[torch.device, Tensor]] = WeakKeyDictionary()
+_loaded: WeakKeyDictionary[Split, dict[torch.device, tuple[Tensor, Mapping[int, int]]]] = WeakKeyDictionary()
 
 
 def size_of(split: Split) -> int:
@@ -35,27 +37,43 @@ def size_of(split: Split) -> int:
     return len(split) * int(np.prod(split.sizes.max(0))) * 3
 
 
+def is_loaded(split: Split, device: torch.device) -> bool:
+    """Whether the pixels are there already."""
+    return device in _loaded.get(split, {}) or (split.pixels is not None and device.type == "cpu")
+
+
 def room_on(device: torch.device, ranks: int = 1) -> int:
-    """Bytes that a rank's pixels may take, `ranks` of them sharing a host's memory."""
+    """Bytes that a rank's pixels may take, `ranks` of them sharing a host, through whose memory they pass to a GPU."""
+    here = int(_free() * CPU_SHARE / ranks)
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE)
-    meminfo = Path("/proc/meminfo")
+        return min(here, int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE))
+    return here
+
+
+def _free() -> int:
+    """Bytes of memory that this process may still take: of the host, and of its control group."""
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []
     free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**33)
-    return int(free * CPU_SHARE / ranks)
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
 
 
 def run(
     split: Split, policy: Policy, steps: range, plan: Plan, device: torch.device, dtype: torch.dtype, settings: Settings
 ) -> Iterator[tuple[list[Tensor], np.ndarray]]:
     """Make what is planned for each step: (views, indices), as `train_views` gives them."""
-    pixels = load(split, device, settings)
+    pixels, places = load(split, device, settings)
+    planned = partial(_planned, plan, places)
     if device.type == "cpu" and HAS_NUMBA:
-        yield from _threaded(pixels.numpy(), policy, steps, plan, dtype, settings)
+        yield from _threaded(pixels.numpy(), policy, steps, planned, dtype, settings)
         return
     tf, mean, std, radius = policy.constants
     for step in steps:
-        indices, params = plan(step, {})
+        indices, params = planned(step)
         index, *rows = (torch.from_numpy(x) for x in (indices, *(one.packed() for one in params)))
         if device.type == "cuda":
             index, *rows = (x.pin_memory().to(device, non_blocking=True) for x in (index, *rows))
@@ -68,8 +86,17 @@ def run(
         ], indices  # fmt: skip
 
 
+def _planned(plan: Plan, places: Mapping[int, int], step: int) -> Batch:
+    return plan(step, places)
+
+
 def _threaded(
-    pixels: np.ndarray, policy: Policy, steps: range, plan: Plan, dtype: torch.dtype, settings: Settings
+    pixels: np.ndarray,
+    policy: Policy,
+    steps: range,
+    plan: Callable[[int], Batch],
+    dtype: torch.dtype,
+    settings: Settings,
 ) -> Iterator[tuple[list[Tensor], np.ndarray]]:
     """Compiled code on the CPU, ahead of the consumer."""
     from simclr_fast.data.engines.render_ahead import Rendering
@@ -77,7 +104,7 @@ def _threaded(
     waiting: deque[Rendering] = deque()
     with ThreadPoolExecutor(max(1, settings.workers)) as pool:
         for step in steps:
-            indices, params = plan(step, {})
+            indices, params = plan(step)
             waiting.append(Rendering(policy, indices, params, pool, settings))
             waiting[-1].add(range(len(indices)), [pixels[index] for index in indices])
             if len(waiting) > AHEAD:
@@ -86,35 +113,42 @@ def _threaded(
             yield waiting.popleft().finished(torch.device("cpu"), dtype)
 
 
-def load(split: Split, device: torch.device, settings: Settings) -> Tensor:
-    """The pixels of a split, uint8 [n, H, W, 3], each image in the corner of its box; decoded once for each device."""
+def load(split: Split, device: torch.device, settings: Settings) -> tuple[Tensor, Mapping[int, int]]:
+    """The pixels of a split, uint8 [n, H, W, 3], each image in the corner of its box; and image -> its replacement.
+
+    They are decoded once for each device.
+    """
     on_devices = _loaded.setdefault(split, {})
     if device not in on_devices:
-        here = split.pixels if split.pixels is not None else _decoded(split, settings)
-        on_devices[device] = torch.from_numpy(np.ascontiguousarray(here)).to(device)
+        here, places = (split.pixels, {}) if split.pixels is not None else _decoded(split, settings)
+        on_devices[device] = torch.from_numpy(np.ascontiguousarray(here)).to(device), places
     return on_devices[device]
 
 
-def _decoded(split: Split, settings: Settings) -> np.ndarray:
-    out = np.zeros((len(split), *split.sizes.max(0), 3), np.uint8)
-    ticker = Ticker()
-    for done in _decoding(out, split, settings):
+def _decoded(split: Split, settings: Settings) -> tuple[np.ndarray, Mapping[int, int]]:
+    out, count = np.zeros((len(split), *split.sizes.max(0), 3), np.uint8), len(split)
+
+    def plan(step: int, places: Mapping[int, int]) -> Batch:
+        return replaced(np.arange(step * DECODED, min((step + 1) * DECODED, count)), places), ()
+
+    feed, ticker = Feed(split, plan, settings.meter), Ticker()
+    for done in _decoding(out, feed, range(-(-count // DECODED)), settings):
         if ticker.due():
             rate = done / (time.monotonic() - ticker.start)
-            left = (len(split) - done) / rate
-            ticker.show(f"decoding: {done:,} of {len(split):,}, {rate:,.0f} images/s, {left:.0f} s left")
+            ticker.show(f"decoding: {done:,} of {count:,}, {rate:,.0f} images/s, {(count - done) / rate:.0f} s left")
     ticker.close()
-    return out
+    return out, feed.places
 
 
-def _decoding(out: np.ndarray, split: Split, settings: Settings) -> Iterator[int]:
+def _decoding(out: np.ndarray, feed: Feed, steps: range, settings: Settings) -> Iterator[int]:
     try:
         from simclr_fast.data.engines.dali import decode_into
 
-        yield from decode_into(out, split, settings)
+        yield from decode_into(out, feed, steps, settings)
     except (ImportError, RuntimeError):  # there is no DALI, or it meets an image that it refuses
-        feed = Feed(split, lambda step, places: (replaced(np.array([step]), places), ()), settings.meter)
-        for index in range(len(split)):
-            pixels = feed.decoded(index, decode)[0][0].permute(1, 2, 0)[: out.shape[1], : out.shape[2]].numpy()
-            out[index, : pixels.shape[0], : pixels.shape[1]] = pixels
-            yield index + 1
+        for step in steps:
+            images, _ = feed.decoded(step, decode)
+            for k, image in enumerate(images, step * DECODED):
+                pixels = image.permute(1, 2, 0).numpy()
+                out[k, : pixels.shape[0], : pixels.shape[1]] = pixels
+            yield step * DECODED + len(images)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from simclr_fast.data.engines.feed import Feed, Plan, Settings
 from simclr_fast.data.policy import Policy
 from simclr_fast.data.reference import view
-from simclr_fast.data.sources import Split
+from simclr_fast.data.sources import DataError, Split
 
 
 def run(
@@ -30,8 +30,13 @@ def run(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that the global one stays as it is
     )
-    for views, indices in loader:
-        yield [view.permute(0, 3, 1, 2).to(device, dtype, non_blocking=True) for view in views], indices.numpy()
+    try:
+        for views, indices in loader:
+            yield [view.permute(0, 3, 1, 2).to(device, dtype, non_blocking=True) for view in views], indices.numpy()
+    except DataError as error:  # a worker's comes with its traceback as the text
+        raise DataError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        ) from None
 
 
 class _Steps(Dataset):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -37,7 +38,8 @@ def tuned(settings: Settings, rate: Rate, threads: int, gpu_decodes: bool) -> tu
         found.update(zip(map(name, candidates), rates, strict=True))
         return next(c for c, r in zip(candidates, rates, strict=True) if r >= ENOUGH * max(rates))
 
-    counts = sorted({max(1, threads // 4), max(1, threads // 2), threads, threads + 1, 2 * threads})
+    more = {threads + 1, 2 * threads} if settings.ranks == 1 else set()  # other ranks need the other cores
+    counts = sorted({max(1, threads // 4), max(1, threads // 2), threads} | more)
     settings = best([dataclasses.replace(settings, workers=n) for n in counts], lambda s: f"{s.workers} workers")
     if gpu_decodes:
         shares = [dataclasses.replace(settings, hardware=share) for share in SHARES]
@@ -77,7 +79,7 @@ def prepared(
     """
     chosen = choose(engine, split, device, settings.ranks)[0]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    key = json.dumps([chosen, policy.size, policy.dialect, name, settings.workers, os.uname().machine])
+    key = json.dumps([chosen, policy.size, policy.dialect, name, settings.workers, platform.node()])
     path = cache_folder() / f"input-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     if measure:
         rate = measured(split, policy, batch, device, engine)
@@ -99,25 +101,31 @@ class Waits:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._seconds = self._waited = 0.0
-        self._cpu, self._read = _cpu_seconds(), settings.meter.reading
+        self._seconds = self._waited = self._cpu = self._read = 0.0
         self._first = True
+        self.start()
 
-    def add(self, seconds: float, waited: float) -> None:
-        """Count steps of `seconds`, and the waits among them; the first ones are left out, when nothing is ahead."""
-        if self._first:
-            self._first, self._cpu, self._read = False, _cpu_seconds(), self.settings.meter.reading
-            return
-        self._seconds += seconds
-        self._waited += waited
+    def start(self) -> None:
+        """Begin an interval: what went by since the last one, such as an evaluation, is not counted."""
+        self._from = time.monotonic(), _cpu_seconds(), self.settings.meter.reading
+
+    def add(self, waited: float) -> None:
+        """End an interval with so many seconds of waiting; the first is left out, when nothing is made ahead yet."""
+        if not self._first:
+            began, cpu, read = self._from
+            self._seconds += time.monotonic() - began
+            self._waited += waited
+            self._cpu += _cpu_seconds() - cpu
+            self._read += self.settings.meter.reading - read
+        self._first = False
 
     def advice(self, engine: str, device: torch.device) -> str:
         """A sentence that says which resource is short, where over 10 % of the time went by waiting."""
         if self._waited <= WAITING * self._seconds:
             return ""
         start = f"waiting for data took {self._waited / self._seconds:.0%} of the time: "
-        workers, here = max(1, self.settings.workers), cores()
-        if self.settings.meter.reading - self._read > 0.5 * workers * self._seconds:
+        workers, here = max(1, self.settings.workers), max(1, cores() // self.settings.ranks)
+        if self._read > 0.5 * workers * self._seconds:
             return start + (
                 "the disk is short, threads spend most of their time reading. Put the data on a local disk, or pack "
                 "them into shards: python -m simclr_fast.data pack"
@@ -129,7 +137,7 @@ class Waits:
                 "decoding is short. --tune-input finds the share for the decoder engines; smaller files decode "
                 "faster: python -m simclr_fast.data pack --short-side 256"
             )
-        if _cpu_seconds() - self._cpu > 0.85 * here * self._seconds:
+        if self._cpu > 0.85 * here * self._seconds:
             smaller = "" if engine == "resident" else (
                 "Smaller files decode faster: python -m simclr_fast.data pack --short-side 256; "
             )  # fmt: skip
