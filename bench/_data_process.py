@@ -11,6 +11,7 @@ import gc
 import multiprocessing
 import os
 import re
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, fields
@@ -60,6 +61,7 @@ class Server:
         try:
             self._here.send((seed, window))
             if not self._here.poll(LIMIT_S):
+                self.kill()  # or its late answer would be taken for the next window's
                 return f"failed: no answer within {LIMIT_S:.0f} s"
             return self._here.recv()
         except (EOFError, OSError):
@@ -69,8 +71,15 @@ class Server:
         self._here.close()
         self._process.join(10)
         if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process, whatever it does, and those that it has started."""
+        assert self._process.pid
+        for pid in family(self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.join()
 
 
 def started(connection: Connection, name: str, work: Work, method: str) -> None:
@@ -167,13 +176,13 @@ def check(batch: Views, work: Work, views: int) -> None:
                 raise RuntimeError("a batch must be images, normalised by the policy's mean and std")
 
 
-def family() -> list[int]:
-    """This process and all that it has started, and these, that live."""
+def family(first: int | None = None) -> list[int]:
+    """A process, by default this one, and all that it has started, and these, that live."""
     children: dict[int, list[int]] = {}
     for file in PROC.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             children.setdefault(int(_stat(file)[1]), []).append(int(file.parent.name))
-    found = [os.getpid()]
+    found = [first or os.getpid()]
     for pid in found:
         found += children.get(pid, [])
     return found

@@ -4,7 +4,8 @@
 
 DATA      for each size, or one for all. Without it: ../shared/data/photos-256.tar for sizes over 64 px; else the first
           2,000 images of ../shared/data/cifar10-jpeg.tar.gz, or, where that is not, the embedded set `shapes`. Peers
-          read the same images as files in a temporary folder; all lies in the page cache.
+          read the same images as files in a temporary folder; all lies in the page cache. Of a larger set, 2,000
+          images are taken, evenly spaced.
 Views     over 64 px all of the paper's policy; else jitter of half the strength and no blur. float32, on the device.
 images/s  of source images, each of which gives two views; p20, p50 and p80 over rounds in which the contenders take
           turns, each in a process of its own, from a stream that goes on: see _data_process.py.
@@ -27,12 +28,13 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _data_contenders import EVERY, OURS, SMALL, Contender, Work, policy_for
 from _data_process import COLUMNS, Server, Taken, Window, row
@@ -43,7 +45,7 @@ from simclr_fast.data import DataError, Split, open_dataset
 
 DATA = ROOT.parent / "shared" / "data"
 PHOTOS, CIFAR = DATA / "photos-256.tar", DATA / "cifar10-jpeg.tar.gz"
-FROM_CIFAR = 2000  # images
+MOST = 2000  # images of a set
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,23 @@ def data_for(size: int, folder: Path) -> str:
         return "shapes"
     with tarfile.open(CIFAR) as tar:
         members = [member for member in tar if member.isfile() and member.name.startswith("train/")]
-        chosen = members[:: max(1, len(members) // FROM_CIFAR)][:FROM_CIFAR]
+        chosen = members[:: max(1, len(members) // MOST)][:MOST]
         tar.extractall(folder, members=chosen, filter="data")
     return str(folder)
+
+
+def thinned(split: Split, most: int = MOST) -> Split:
+    """At most so many images of a split, evenly spaced."""
+    if len(split) <= most:
+        return split
+    rows = np.arange(most) * len(split) // most
+    columns = {field.name: getattr(split, field.name) for field in fields(split)}
+    return Split(
+        **{
+            name: column[rows] if isinstance(column, np.ndarray) else column and [column[k] for k in rows]
+            for name, column in columns.items()
+        }
+    )
 
 
 def as_files(split: Split, folder: Path) -> tuple[str, ...]:
@@ -118,10 +134,13 @@ def measure(work: Work, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def lap(server: Server, window: Window, label: str, statuses: dict[str, str]) -> Callable[[], list[float]]:
-    """One window after the other, each with a seed of its own; one that fails is entered in the statuses."""
+    """One window after the other, each with a seed of its own; one that fails is entered in the statuses,
+    and asked no more."""
     seeds = iter(range(1, sys.maxsize))
 
     def run() -> list[float]:
+        if statuses[label] != "ok":
+            return [nan] * len(COLUMNS)
         taken = server.take(next(seeds), window)
         if isinstance(taken, Taken):
             return row(taken)
@@ -243,6 +262,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     args.workers = args.workers or [
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     ]
+    args.workers = list(dict.fromkeys(args.workers))
     if len(args.data) not in (0, 1, len(args.size)):
         parser.error(f"DATA must be one, or one for each --size, got {len(args.data)} for {len(args.size)} sizes")
     if min(*args.size, *args.workers, args.batch, args.images) < 1:
@@ -274,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             spec = args.data[k % len(args.data)] if args.data else data_for(size, Path(folder, "data"))
             try:
-                split = open_dataset(spec).train
+                split = thinned(open_dataset(spec).train)
                 files = as_files(split, Path(folder, "files"))
             except (DataError, OSError) as error:
                 raise SystemExit(f"{size} px: {error}") from error

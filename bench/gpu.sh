@@ -24,7 +24,7 @@ if python -c 'import nvidia.dali' 2> /dev/null; then
     # shellcheck disable=SC2086 # words
     python bench/data_bench.py --size $sizes ${plot:+"$plot" "$out/data_gpu.svg"} || failed=1
     python bench/data_bench.py --size $sizes --only 'simclr_fast dali' --hardware 0.5 0.65 0.8 0.9 1.0 \
-        --workers "$(nproc)" $(($(nproc) / 2)) || failed=1
+        --workers "$(nproc)" $((($(nproc) + 1) / 2)) || failed=1
 fi
 for precision in fp16 tf32; do
     python bench/loss_tune.py --dim 128 --precision $precision || failed=1

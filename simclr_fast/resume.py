@@ -53,7 +53,10 @@ def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None,
         afresh = "This run is finished. To start it afresh, give --resume never."
         return None, [*complaints, results(folder), afresh], True
     if state and state["images"] != images:
-        raise RunError(f"{folder} holds a run on {state['images']} images, and {cfg.data} now has {images}")
+        raise RunError(
+            f"{folder} holds a run on {state['images']} images, and {cfg.data} now has {images}. Put "
+            "back what is missing, or choose another --out, or delete that run with --resume never"
+        )
     if state:
         complaints.append(f"Going on after epoch {state['epoch']} of {cfg.epochs}, from {folder}")
     return state, complaints, False

@@ -290,10 +290,11 @@ def introduction(run: Run) -> list[str]:
         + (f" in {len(data.classes)} classes" if data.classes else "")
         + tested
     ]
-    if data.skipped:
-        name, reason = data.skipped[0]
-        listed = cfg.folder() / "skipped.tsv"
-        lines.append(f"skipped {len(data.skipped):,} that cannot be used, the first {name}: {reason}; all in {listed}")
+    listed = cfg.folder() / "skipped.tsv"
+    for rows, kind in ((data.skipped, "that cannot be read"), (data.left_out, "that are of no part or class")):
+        if rows:
+            name, reason = rows[0]
+            lines.append(f"skipped {len(rows):,} {kind}, the first {name}: {reason}; all in {listed}")
     parameters = sum(p.numel() for p in run.method.parameters())
     lines.append(
         f"{cfg.arch} x {cfg.width:g}, {parameters / 1e6:.2f} M parameters, {cfg.image_size} px, on {device_name()}"

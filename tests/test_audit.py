@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,16 @@ def test_what_cannot_be_read_is_counted_and_the_first_named(source: Path):
     assert list(report.lines())[-2:] == ["            and 2 more", "not clean"]
 
 
+def test_images_left_out_are_named_and_are_no_fault(source: Path):
+    left_out = tuple((f"{k}.jpg", "nobody lists it") for k in range(FIRST + 1))
+    report = check(replace(open_dataset(str(source)), left_out=left_out))
+    assert (report.clean, report.unreadable, report.left_out, len(report.first_left_out)) == (True, 0, FIRST + 1, FIRST)
+    lines = list(report.lines())
+    assert f"left out    {FIRST + 1} images" in lines
+    assert "            0.jpg: nobody lists it" in lines
+    assert lines[-3:] == ["            and 1 more", "unreadable  0 images", "clean"]
+
+
 def test_what_vanishes_or_changes_meanwhile_is_counted(source: Path):
     dataset = open_dataset(str(source))
     (source / "train" / "a" / "2.jpg").unlink()
@@ -102,8 +113,9 @@ def test_packed_shards_are_compared_with_their_manifest(source: Path, tmp_path: 
         file.seek(100)  # in a header, where the mode is: the image can still be read
         file.write(b"0000600")
     os.link(folder / "train-000000.tar", folder / "train-000009.tar")
+    dataset = open_dataset(str(folder), tolerate=1.0)
     Manifest(**{**vars(Manifest.load(folder)), "complete": False}).save(folder)
-    report = audit(folder)
+    report = check(dataset, folder=folder)
     assert not report.clean
     assert [name for name, _ in report.shard_faults] == [
         "train-000001.tar",

@@ -166,6 +166,15 @@ def test_normalised_by_the_dialect_or_as_told():
     assert made == pytest.approx([0.2, 0, -0.05], abs=1e-6)
 
 
+def test_the_dialect_comes_with_the_parameters():
+    images, params = noise(3, 20, 20), drawn(3, 20, (20, 20), "tf")
+    made = augment(images, params)
+    assert 0 <= made.min() <= made.max() <= 1
+    assert torch.equal(made, augment(images, packed(params), dialect="tf"))
+    with pytest.raises(ValueError, match="dialect must be left out, or that of params, got 'torchvision'"):
+        augment(images, params, dialect="torchvision")
+
+
 GOOD = {"images": torch.zeros(2, 8, 8, 3, dtype=torch.uint8), "params": rows({}, {})}
 
 

@@ -164,12 +164,27 @@ def test_what_a_process_answers_for_those_who_cannot_run(bench, work, monkeypatc
 
 def test_one_that_stops_is_said_and_not_measured(bench):
     class Stopped:
+        asked = 0
+
         def take(self, seed, window):
+            self.asked += 1
             return "failed: the process ended"
 
-    statuses = {"it": "ok"}
-    assert np.isnan(bench.lap(Stopped(), bench.Window(1, 0), "it", statuses)()).all()
-    assert statuses == {"it": "failed: the process ended"}
+    statuses, stopped = {"it": "ok"}, Stopped()
+    lap = bench.lap(stopped, bench.Window(1, 0), "it", statuses)
+    assert np.isnan([lap(), lap()]).all()
+    assert (statuses, stopped.asked) == ({"it": "failed: the process ended"}, 1)
+
+
+def test_one_that_does_not_answer_is_ended(bench, work, monkeypatch):
+    monkeypatch.setattr("_data_process.LIMIT_S", 0.1)
+    server = bench.Server("simclr_fast torchvision", work)  # whose process takes longer to start
+    try:
+        assert server.take(0, None).startswith("failed: no answer within")
+        assert not server._process.is_alive()
+        assert server.take(1, None) == "failed: the process ended"
+    finally:
+        server.close()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -208,6 +223,21 @@ def test_flags_that_are_refused(bench, capsys, flags, told):
     with pytest.raises(SystemExit):
         bench.parsed(flags)
     assert told in capsys.readouterr().err
+
+
+def test_workers_are_taken_once(bench):
+    assert bench.parsed(["--device", "cpu", "--workers", "1", "1"]).workers == [1]
+
+
+def test_of_a_large_set_some_images_evenly_spaced(bench, work):
+    few = bench.thinned(work.split, 5)
+    assert list(few.names) == [work.split.names[k] for k in (0, 2, 4, 7, 9)]
+    assert [few.read(k).tobytes() for k in range(5)] == [work.split.read(k).tobytes() for k in (0, 2, 4, 7, 9)]
+    assert few.labels.tolist() == work.split.labels[[0, 2, 4, 7, 9]].tolist()
+    assert bench.thinned(work.split, 12) is work.split
+    pixels = bench.replace(work.split, pixels=np.arange(12)[:, None], labels=None, stamps=None)
+    assert bench.thinned(pixels, 2).pixels.tolist() == [[0], [6]]
+    assert bench.thinned(pixels, 2).labels is None
 
 
 def test_data_of_each_size(bench, tmp_path, monkeypatch):

@@ -62,6 +62,43 @@ def test_what_cannot_be_read_is_told_by_pack_and_check(source: Path, capsys: pyt
     assert err.startswith("error: data must hold at most 0 % images that cannot be read")
 
 
+def test_pack_tells_images_left_out_from_those_that_cannot_be_read(source: Path, capsys: pytest.CaptureFixture[str]):
+    for part, label, number in (("train", "a", 0), ("train", "b", 1), ("test", "a", 2), ("test", "c", 4)):
+        path = source / part / label / "9.jpg"
+        path.parent.mkdir(parents=True)
+        (source / "ab"[number % 2] / f"{number}.jpg").rename(path)
+    status, out, _ = run(capsys, "pack", "set", "packed")
+    assert status == 0
+    assert "\nleft out 3 that are not of the set, the first " in out
+    assert "cannot be read" not in out
+    status, out, _ = run(capsys, "check", "set")
+    assert status == 0
+    assert "left out    3 images" in out
+    assert "class 'c' is not in train" in out
+
+
+def test_a_closed_output_takes_one_line(source: Path):
+    command = [sys.executable, "-m", "simclr_fast.data", "check", str(source)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        told = process.stderr.read()
+    assert (process.returncode, told) == (2, "error: the output was closed before all was written\n")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "x"), RuntimeError("no\nhome")])
+def test_errors_of_the_system_take_one_line(
+    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("simclr_fast.data.__main__.open_dataset", failing)
+    status, _, err = run(capsys, "check", "set")
+    assert (status, err) == (2, f"error: {' '.join(str(error).split())}\n")
+
+
 def test_a_preview(source: Path, capsys: pytest.CaptureFixture[str]):
     flags = "--count 1 --image-size 16 --dialect tf --seed 2 --epoch 3 --jitter 0.5 --blur 0 --min-area 0.5".split()
     status, out, _ = run(capsys, "preview", "set", "page.html", *flags)
@@ -88,6 +125,7 @@ def test_a_preview(source: Path, capsys: pytest.CaptureFixture[str]):
         ("preview set page.html --dialect torchvison", "did you mean 'torchvision'?"),
         ("preview set page.html --jitter 2", "argument --jitter: must be a number in [0, 1.25], got '2'"),
         ("preview set set --count 1", "the page 'set' cannot be written"),
+        ("check ~nobody-of-that-name/x", ""),
         ("check set --json nowhere/report.json", "json must be a file that can be written"),
     ],
 )

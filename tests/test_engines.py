@@ -52,7 +52,10 @@ def test_small_images_that_fit_are_held(monkeypatch: pytest.MonkeyPatch):
     assert choose("auto", split, CPU)[0] == "resident"  # it is there already
     split = dataclasses.replace(split, pixels=None)
     assert choose("auto", split, CPU)[0] == engine_name("auto")[0]
-    with pytest.raises(ValueError, match="engine 'resident' must hold all 30 images .* in 0 MiB on cpu, which is too"):
+    with pytest.raises(
+        ValueError,
+        match="must hold all 30 images .*, each in a box of the largest sides, 20 x 24, in 0 MiB on cpu, which",
+    ):
         choose("resident", split, CPU)
 
 
@@ -127,8 +130,8 @@ def waited(wait: float, *, read: float = 0, busy: bool = False, workers: int = 6
         (waited(0.05), "dali", ""),
         (waited(0.5, read=40), "dali", "50% of the time: the disk is short"),
         (waited(0.2), "torchvision", "20% of the time: this is the slow engine"),
-        (waited(0.2, busy=True), "dali", "cores are busy. Smaller files decode faster"),
-        (waited(0.2, busy=True), "resident", "cores are busy. More cores, or a GPU"),
+        (waited(0.2, busy=True), "dali", "cores are busy: more cores, or a GPU, help; large files decode faster"),
+        (waited(0.2, busy=True), "resident", "cores are busy: more cores, or a GPU, help"),
         (waited(0.2, workers=1), "dali", "1 of 16 cores prepare images; raise --workers"),
         (waited(0.2), "dali", "--tune-input finds"),
     ],

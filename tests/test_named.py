@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from simclr_fast.data.sources import KNOWN, Dataset, datasets_folder, named, open_dataset
+from simclr_fast.data.sources import KNOWN, Dataset, datasets_folder, named, open_dataset, scan
 from simclr_fast.data.sources.samples import DataError
 from tests.images_common import encoded, fill, pack
 
@@ -313,3 +313,12 @@ def test_a_missing_package_is_named_before_anything_is_fetched(kept: Path, monke
     with pytest.raises(DataError, match="svhn needs the package scipy: pip install scipy"):
         open_dataset("svhn", download=True)
     assert not kept.exists()
+
+
+def test_two_sets_in_one_folder_are_remembered_apart(kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(scan, "CACHED_FROM", 1)
+    food101(kept, monkeypatch)
+    eurosat(kept, monkeypatch)
+    open_dataset("food101")
+    open_dataset("eurosat")
+    assert len(list((tmp_path / "cache").rglob("checked-*.npz"))) == 2

@@ -293,12 +293,12 @@ def test_images_that_vanish_are_counted_up_to_a_share(dataset: Dataset, source: 
     (source / "train" / "b" / "5.jpg").write_bytes(encoded(5, (20, 20)))
     manifest = pack(dataset, tmp_path / "packed", settings=Packing(per_shard=4))
     assert dict(manifest.lost) == {
-        "b/3.jpg": "No such file or directory",
-        "b/5.jpg": "it was changed since it was checked: image file is truncated (4 bytes not processed)",
+        "train/b/3.jpg": "No such file or directory",
+        "train/b/5.jpg": "it was changed since it was checked: image file is truncated (4 bytes not processed)",
     }
     assert sum(shard.images for shard in manifest.shards) == N - 2
     assert Manifest.load(tmp_path / "packed") == manifest
-    with pytest.raises(DataError, match="images must stay .* 1 of 16 cannot be read any more; the last is b/"):
+    with pytest.raises(DataError, match="images must stay .* 1 of 16 cannot be read any more; the last is train/b/"):
         pack(dataset, tmp_path / "strict", tolerate=0)
     for path in source.rglob("*.jpg"):
         path.unlink()

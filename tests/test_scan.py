@@ -1,17 +1,15 @@
 """The check of every image: what it refuses, processes that die or hang, what is remembered."""
 
-import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from simclr_fast.data.sources import check as checker
 from simclr_fast.data.sources import scan as scanner
@@ -46,12 +44,6 @@ def jobs(root: Path) -> list[tuple[str, int, int]]:
     return [(s.path, s.offset, s.length) for s in samples(root)]
 
 
-def verdict(content: bytes, tmp_path: Path) -> Verdict:
-    path = tmp_path / "image"
-    path.write_bytes(content)
-    return check(str(path), 0, len(content))
-
-
 def checker_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Put lines before the decoding in the processes; `path` is the file's."""
     source = Path(checker.__file__).read_text()
@@ -60,99 +52,6 @@ def checker_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> 
     script = tmp_path / "checker.py"
     script.write_text(source.replace(start, f"    path = os.fsdecode(path)\n    {body}\n{start}"))
     monkeypatch.setattr(checker, "__file__", str(script))
-
-
-@pytest.mark.parametrize(
-    ("size", "mode", "kind"),
-    [
-        ((1, 1), "RGB", "JPEG"),
-        ((3, 2000), "RGB", "JPEG"),
-        ((20000, 100), "RGB", "JPEG"),
-        ((12, 9), "CMYK", "JPEG"),
-        ((12, 9), "L", "JPEG"),
-        ((12, 9), "1", "PNG"),
-        ((12, 9), "P", "PNG"),
-        ((12, 9), "RGBA", "PNG"),
-        ((12, 9), "I;16", "PNG"),
-        ((12, 9), "RGB", "WEBP"),
-    ],
-)
-def test_sound_images_have_their_size(tmp_path: Path, size: tuple[int, int], mode: str, kind: str):
-    if mode == "I;16":
-        buffer = io.BytesIO()
-        Image.fromarray(np.full(size, 40000, np.uint16)).save(buffer, kind)
-        content = buffer.getvalue()
-    else:
-        content = encoded(size, mode, kind)
-    assert verdict(content, tmp_path) == Verdict(*size)
-
-
-def test_a_turned_image_has_the_size_that_it_is_stored_in(tmp_path: Path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert verdict(encoded((10, 20), exif=exif), tmp_path) == Verdict(10, 20)
-
-
-@pytest.mark.parametrize("side", [(10_001, 10_000), (20_000, 20_000)])
-def test_too_many_pixels_are_a_fault_in_plain_words(tmp_path: Path, side: tuple[int, int]):
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Image.new("1", side).save(buffer, "PNG")
-        found = verdict(buffer.getvalue(), tmp_path)
-    assert found.fault == "it has over 100 megapixels"
-
-
-def test_a_float_or_unended_text_pixmap_is_refused_as_dali_does(tmp_path: Path):
-    buffer = io.BytesIO()
-    Image.new("F", (4, 4)).save(buffer, "PPM")
-    assert "not supported" in verdict(buffer.getvalue(), tmp_path).fault
-    assert verdict(b"P2\n2 2\n255\n1 2 3 4\n", tmp_path) == Verdict(2, 2)
-    assert "cut short" in verdict(b"P2\n2 2\n255\n1 2 3 4", tmp_path).fault
-
-
-@pytest.mark.parametrize("damage", ["no end", "checksum", "last chunk"])
-def test_a_png_must_have_its_chunks_to_the_end(tmp_path: Path, damage: str):
-    content = bytearray(encoded(kind="PNG"))
-    if damage == "no end":
-        del content[-12:]
-    elif damage == "checksum":
-        content[-14] ^= 1  # of the last data chunk
-    else:
-        content[-8] ^= 1
-    assert verdict(bytes(content), tmp_path).fault
-
-
-def test_a_bmp_must_have_its_last_padding_and_a_palette_that_fits(tmp_path: Path):
-    content = bytearray(encoded((5, 7), "L", "BMP"))
-    assert verdict(content, tmp_path) == Verdict(5, 7)
-    assert "cut short" in verdict(content[:-1], tmp_path).fault
-    content = bytearray(encoded((5, 7), "1", "BMP"))
-    assert verdict(content, tmp_path) == Verdict(5, 7)
-    content[46:50] = (40_000).to_bytes(4, "little")
-    assert "damaged" in verdict(content, tmp_path).fault
-
-
-def test_what_is_no_file_does_not_hang(tmp_path: Path):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    assert check(str(tmp_path / "pipe.jpg"), 0, 10).fault == "it is not a regular file"
-    assert check(str(tmp_path), 0, 10).fault == "it is not a regular file"
-
-
-def test_a_file_without_permission_is_a_fault_for_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr(os, "stat", refuse)  # not by its mode, which does not bind root
-    found = check("a.jpg", 0, 10)
-    assert (found.fault, found.lasting) == ("OSError: [Errno 13] Permission denied", False)
-
-
-def test_a_file_that_shrinks_or_goes_is_a_fault_for_now(tmp_path: Path):
-    (tmp_path / "a.jpg").write_bytes(encoded())
-    assert check(str(tmp_path / "a.jpg"), 0, 10**6) == Verdict(0, 0, "its file is cut short", False)
-    gone = check(str(tmp_path / "gone.jpg"), 0, 10)
-    assert (gone.fault, gone.lasting) == ("OSError: [Errno 2] No such file or directory", False)
 
 
 def test_processes_and_threads_find_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -310,3 +209,49 @@ def test_a_fault_that_may_pass_is_not_remembered(tmp_path: Path, counted: list[s
 def test_a_sample_that_has_a_fault_keeps_it(tmp_path: Path, counted: list[str]):
     assert scan([Sample("x", "x", fault="lost")], "x").faults == {0: "lost"}
     assert not counted
+
+
+@pytest.mark.parametrize("faults", [{"x": "no number"}, {str(2**70): "too large"}, {"-1": "negative"}])
+def test_faults_in_the_cache_that_make_no_sense_are_as_none(tmp_path: Path, counted: list[str], faults: dict[str, str]):
+    root = fill(tmp_path / "set", "a.jpg")
+    scan(samples(root), str(root))
+    cache = next((tmp_path / "cache").rglob("*.npz"))
+    with np.load(cache) as file:
+        kept = {"keys": file["keys"], "sizes": file["sizes"] + 1}
+    np.savez(cache, **kept, faults=np.frombuffer(json.dumps(faults).encode(), np.uint8))
+    counted.clear()
+    assert scan(samples(root), str(root)).sizes.tolist() == [[12, 9]]
+    assert counted == ["a.jpg"]
+
+
+def test_another_pillow_checks_again(tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch):
+    root = fill(tmp_path / "set", "a.jpg")
+    scan(samples(root), str(root))
+    monkeypatch.setattr("PIL.__version__", "0.0")
+    scan(samples(root), str(root))
+    monkeypatch.setattr("PIL.features.check", lambda name: None)
+    scan(samples(root), str(root))
+    assert counted == ["a.jpg"] * 3
+
+
+def test_of_two_processes_at_once_one_decodes_and_the_other_waits(tmp_path: Path, counted: list[str]):
+    root = fill(tmp_path / "set", *(f"{k}.jpg" for k in range(5)))
+    code = (
+        "import sys, time\nfrom simclr_fast.data.sources import check, scan\n"
+        "from simclr_fast.data.sources.samples import Sample\n"
+        "scan.CACHED_FROM, real, seen = 1, check.check, []\n"
+        "def slow(*job):\n    time.sleep(0.2)\n    seen.append(job)\n    return real(*job)\n"
+        "check.check = slow\nprint('ready', flush=True)\n"
+        "scan.scan([Sample(*row) for row in eval(sys.stdin.readline())], 'set', 1)\nprint(len(seen))\n"
+    )
+    rows = [tuple(sample) for sample in samples(root)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdin
+        assert other.stdout
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.write(f"{rows}\n")
+        other.stdin.flush()
+        found = scan(samples(root), "set", 1)
+        assert sorted([int(other.stdout.readline()), len(counted)]) == [0, 5]
+    assert found.sizes.tolist() == [[12, 9]] * 5

@@ -29,7 +29,7 @@ def test_train_and_test_folders(tmp_path: Path):
     assert data.train.labels.tolist() == [0, 1]
     assert data.test is not None
     assert data.test.names == ["a/3.Jpg"]
-    assert data.skipped == (("c/4.jpg", "class 'c' is not in train"),)
+    assert (data.skipped, data.left_out) == ((), (("c/4.jpg", "class 'c' is not in train"),))
     assert data.train.sizes.tolist() == [[12, 9], [12, 9]]
     assert data.train.read(0).tobytes() == encoded()
 
@@ -301,3 +301,24 @@ def test_a_full_disk_costs_the_cache_alone(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(scan, "CACHED_FROM", 1)
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert len(open_dataset(str(fill(tmp_path / "set", "1.jpg"))).train) == 1
+
+
+@pytest.mark.parametrize(("bad", "total"), [(29, 100), (57, 100), (1, 20), (7, 25)])
+def test_the_share_that_is_advised_is_enough(tmp_path: Path, bad: int, total: int):
+    fill(tmp_path / "set", *(f"{k:03d}.jpg" for k in range(total)), content=encoded((1, 1)))
+    root = str(fill(tmp_path / "set", *(f"{k:03d}.jpg" for k in range(bad)), content=b""))
+    assert len(open_dataset(root, tolerate=bad / total).skipped) == bad
+    with pytest.raises(DataError) as error:
+        open_dataset(root, tolerate=0.01)
+    advised = float(str(error.value).rpartition("(")[2].rstrip(")"))
+    assert len(open_dataset(root, tolerate=advised).skipped) == bad
+
+
+def test_a_file_is_written_whole_or_not_at_all_also_at_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        samples.write_whole(tmp_path / "file", b"content")
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Tars: with an index beside them, with one that does not match, and damaged ones."""
 
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -59,8 +60,8 @@ def test_a_matching_index_saves_the_walk(tar: Path, monkeypatch: pytest.MonkeyPa
     without = found(tar)
     assert [(s.name[-7:], s.label, s.fault) for s in without] == [
         ("a/1.jpg", "cat", ""),
-        ("2.x.jpg", "", ""),
-        ("n/3.png", "", ""),
+        ("2.x.jpg", None, ""),
+        ("n/3.png", None, ""),
     ]
     index(tar)
     seen = walked(monkeypatch)
@@ -178,3 +179,111 @@ def test_names_that_are_not_utf8_are_shown_with_escapes(tmp_path: Path, form: in
         archive.add(tmp_path / "image", os.fsdecode(b"caf\xe9.jpg"))
     (sample,) = found(tmp_path / "set.tar")
     assert (sample.name, sample.fault) == ("caf\\xe9.jpg", "")
+
+
+@pytest.mark.parametrize(
+    ("tar", "part"),
+    [
+        ("imagenet1k-train-0000.tar", "train/"),
+        ("imagenet1k-validation-00.tar", "validation/"),
+        ("data/test-0.tar", "test/"),
+        ("test_of_ours/Train.0.tar", "train/"),
+        ("val/0.tar", "val/"),
+        ("trains-0.tar", ""),
+        ("constrain.tar", ""),
+    ],
+)
+def test_a_word_in_the_name_or_a_folder_is_the_part(tmp_path: Path, tar: str, part: str):
+    pack(tmp_path / "set.tar", {"a/1.jpg": encoded()})
+    assert [s.name for s in tar_samples(tar, str(tmp_path / "set.tar"))] == [f"{part}a/1.jpg"]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"GNU.sparse.size": "abc"},
+        {"GNU.sparse.map": "1,x", "GNU.sparse.size": "7"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+        {"size": "9" * 30},
+        {"size": "-1024"},
+    ],
+)
+def test_headers_that_make_no_sense_are_a_fault(tmp_path: Path, headers: dict[str, str]):
+    with tarfile.open(tmp_path / "set.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, more in (("1.jpg", {}), ("2.jpg", headers)):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(encoded()), more
+            archive.addfile(info, io.BytesIO(encoded()))
+    kept = found(tmp_path / "set.tar")
+    assert [s.name for s in kept if not s.fault] == ["1.jpg"]
+    assert any(s.fault.startswith("not a whole tar: ") for s in kept)
+
+
+def test_an_index_with_numbers_beyond_all_files_is_told(tar: Path, capsys: pytest.CaptureFixture):
+    without = found(tar)
+    index(tar, f"v1.2 1\njpg {'9' * 20} 10 a.jpg\n")
+    assert found(tar) == without
+    assert "does not match its tar" in capsys.readouterr().err
+
+
+def test_a_hard_link_is_the_image_that_it_leads_to_or_a_fault(tmp_path: Path):
+    tar = tmp_path / "set.tar"
+    with tarfile.open(tar, "w") as archive:
+        for name, target in (("./a/1.jpg", ""), ("b/2.jpg", "a/1.jpg"), ("b/3.jpg", "gone.jpg")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.LNKTYPE, target) if target else (tarfile.REGTYPE, "")
+            info.size = 0 if target else len(encoded())
+            archive.addfile(info, None if target else io.BytesIO(encoded()))
+    first, second, third = found(tar)
+    assert second == first._replace(name="b/2.jpg")
+    assert (second.length, second.fault) == (len(encoded()), "")
+    assert third.fault == "it is a hard link to gone.jpg, which the tar does not hold"
+
+
+def test_an_index_without_the_hard_links_is_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    tar = tmp_path / "set.tar"
+    with tarfile.open(tar, "w") as archive:
+        for name, target in (("1.jpg", ""), ("2.jpg", "1.jpg"), ("3.jpg", "")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.LNKTYPE, target) if target else (tarfile.REGTYPE, "")
+            info.size = 0 if target else len(encoded())
+            archive.addfile(info, None if target else io.BytesIO(encoded()))
+    index(tar)
+    assert [s.name for s in found(tar)] == ["1.jpg", "2.jpg", "3.jpg"]
+    assert "it leaves out hard links" in capsys.readouterr().err
+
+
+def test_a_sparse_member_is_a_fault(tmp_path: Path):
+    if not (gnu := shutil.which("tar")):
+        pytest.skip("needs GNU tar")
+    with open(tmp_path / "1.jpg", "wb") as file:
+        file.write(encoded())
+        file.truncate(2**20)
+    done = subprocess.run([gnu, "-cSf", "set.tar", "1.jpg"], cwd=tmp_path, capture_output=True)
+    with tarfile.open(tmp_path / "set.tar") as archive:
+        if done.returncode or not archive.getmembers()[0].issparse():
+            pytest.skip("this tar or file system knows no holes")
+    (sample,) = found(tmp_path / "set.tar")
+    assert "sparse" in sample.fault
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_tars_one_behind_the_other_are_a_fault(tar: Path, indexed: bool):
+    if indexed:
+        index(tar)
+    with open(tar, "ab") as file:
+        file.write(pack(tar.with_name("second.tar"), {"9.jpg": encoded()}).read_bytes())
+    *images, last = found(tar)
+    assert [s.fault for s in images] == [""] * 3
+    assert "more follows after its end" in last.fault
+
+
+def test_members_in_hidden_folders_are_left_out(tmp_path: Path):
+    tar = pack(tmp_path / "set.tar", {"a/1.jpg": encoded(), ".Trash/2.jpg": encoded(), "a/.b/c/3.jpg": encoded()})
+    assert [s.name for s in found(tar)] == ["a/1.jpg"]
+
+
+def test_a_label_is_found_by_webdatasets_key(tmp_path: Path):
+    images = {name: encoded() for name in ("k.x.jpg", "k.y.png", "a.b/1.5.jpg")}
+    labels = {"k.cls": b"one", "k.y.cls": b"two", "a.b/1.cls": b"three"}
+    assert [s.label for s in found(pack(tmp_path / "set.tar", images | labels))] == ["one", "two", "three"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +43,7 @@ images that are there several times, and small ones. Of packed shards, checksums
 manifest.
 
 The exit status is 0 if all is clean, 1 if an image cannot be read or a shard is not as its manifest says, and 2 if the
-set cannot be opened."""
+set cannot be opened or the report not be written. Images left out that can be read are named; they are no fault."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,9 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             if text.startswith("-"):
                 choose("flag", text.partition("=")[0], [flag for flag in _flags(parser) if flag.startswith("--")])
             raise ConfigError(f"{argv[0]} takes no further argument, got {text!r}")
-        return given.run(given)
+        status: int = given.run(given)
+        sys.stdout.flush()
+        return status
     except (ConfigError, DataError) as error:
         print(f"error: {shown(str(error))}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        with suppress(OSError):  # what is left to write at the exit goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("error: the output was closed before all was written", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:  # a folder without permission, `~` of no user, an engine's failure
+        print(f"error: {shown(' '.join(str(error).split()) or type(error).__name__)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -208,9 +220,13 @@ def _run_pack(given: argparse.Namespace) -> int:
     print(
         f"packed {images:,} images into {len(manifest.shards):,} shards in {shown(given.folder)}, {size / 1e6:,.1f} MB"
     )
-    if left_out := [*dataset.skipped, *manifest.lost]:
-        name, reason = left_out[0]
-        print(f"left out {len(left_out):,} that cannot be read, the first {shown(name)}: {shown(reason)}")
+    for faults, what in (
+        ([*dataset.skipped, *manifest.lost], "that cannot be read"),
+        (dataset.left_out, "that are not of the set"),
+    ):
+        if faults:
+            name, reason = faults[0]
+            print(f"left out {len(faults):,} {what}, the first {shown(name)}: {shown(reason)}")
     return 0
 
 

@@ -29,7 +29,7 @@ def augment(
     *,
     size: int | None = None,
     index: Tensor | None = None,
-    dialect: Literal["torchvision", "tf"] = "torchvision",
+    dialect: Literal["torchvision", "tf"] | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
     blur_radius: int | None = None,
@@ -48,6 +48,7 @@ def augment(
         size: None where the images are the crops already, H = W = S, and the windows are not used; else S, the side to
             which each window is resized (bicubic, antialiased but in `tf`). H and W may then be larger than an image.
         index: int64 [B], the image of each view; None for one view of each image in order, B = N.
+        dialect: whose operators; None for that of `params` (`torchvision` where they are a tensor).
         mean, std: of the channels, in [0, 1]; None for the dialect's (ImageNet's, or 0 and 1 in `tf`).
         blur_radius: the blur has 2 * radius + 1 taps, at most 49 and less than 2S; None for the policy's, 8 at 224 px.
         dtype: of the views: float32, float16 or bfloat16; float64 with `reference`.
@@ -69,7 +70,9 @@ def augment(
     _require(square, "images must be square without size: crops, resized", list(images.shape))
     _require(1 <= side <= 16384, "size must be in 1 to 16384, or None", size)
     _require(images.shape[1:].numel() < 2**31, "images must have under 2^31 bytes each", list(images.shape))
-    policy = Policy(side, dialect=dialect)
+    drawn_for = params.dialect if isinstance(params, Params) else dialect
+    _require(dialect in (None, drawn_for), "dialect must be left out, or that of params", repr(dialect))
+    policy = Policy(side, dialect=drawn_for or "torchvision")
     mean, std = policy.mean if mean is None else mean, policy.std if std is None else std
     for name, values in (("mean", mean), ("std", std)):
         _require(len(values) == 3, f"{name} must be three numbers", values)

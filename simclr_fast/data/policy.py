@@ -73,6 +73,7 @@ class Params:
     factors: np.ndarray  # float32 [B, 4]: brightness, contrast, saturation; hue in turns
     order: np.ndarray  # uint8 [B, 4]: the order of those four
     sigma: np.ndarray  # float32 [B]: of the blur in pixels of the view, 0 for none
+    dialect: Literal["torchvision", "tf"] = "torchvision"  # whose operators they are for
 
     def packed(self) -> np.ndarray:
         """float32 [B, 16]: window (4), flip, jitter, gray, factors (4), order (4), sigma."""
@@ -159,6 +160,7 @@ class Policy:
             factors=factors.astype(np.float32),
             order=np.argsort([u(slot) for slot in range(8, 12)], axis=0).T.astype(np.uint8).reshape(n, 4),
             sigma=sigma.astype(np.float32),
+            dialect=self.dialect,
         )
 
     def _crop(self, u: Uniform, sizes: np.ndarray) -> np.ndarray:
@@ -189,6 +191,7 @@ class Policy:
             factors=np.tile(np.array([1, 1, 1, 0], np.float32), (n, 1)),
             order=np.tile(np.arange(4, dtype=np.uint8), (n, 1)),
             sigma=np.zeros(n, np.float32),
+            dialect=self.dialect,
         )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import io
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from simclr_fast.data.sources import Dataset, Split
 from simclr_fast.data.sources.samples import shown
 from simclr_fast.data.sources.scan import cores
 
-FIRST = 20  # that many unreadable images are named
+FIRST = 20  # that many unreadable images, and left-out ones, are named
 FIRST_COPIES = 5  # and that many images that there are several times
 QUANTILES = {"smallest": 0.0, "5 %": 0.05, "median": 0.5, "95 %": 0.95, "largest": 1.0}
 
@@ -49,6 +49,8 @@ class Report:
     image_size: int
     unreadable: int
     first_unreadable: list[tuple[str, str]]  # (name, reason)
+    left_out: int  # images that are not of the set, though they may be sound
+    first_left_out: list[tuple[str, str]]  # (name, reason)
     copies: int  # images whose bytes are those of an earlier one
     copies_across: int  # of those, images of the test part that are in train
     first_copies: list[list[str]]  # names of images that are alike
@@ -57,7 +59,7 @@ class Report:
 
     @property
     def clean(self) -> bool:
-        """Whether every image can be read and every shard is as its manifest says."""
+        """Whether every image can be read and every shard is as its manifest says; images left out do not count."""
         return not self.unreadable and not self.shard_faults
 
     def json(self) -> dict[str, Any]:
@@ -75,10 +77,9 @@ class Report:
         if self.shards is not None:
             yield f"shards      {self.shards:,} in the manifest, {_count(len(self.shard_faults), 'fault')}"
             yield from (f"            {name}: {reason}" for name, reason in self.shard_faults)
-        yield f"unreadable  {_count(self.unreadable, 'image')}"
-        yield from (f"            {name}: {reason}" for name, reason in self.first_unreadable)
-        if self.unreadable > len(self.first_unreadable):
-            yield f"            and {self.unreadable - len(self.first_unreadable):,} more"
+        if self.left_out:
+            yield from _named_lines("left out", self.left_out, self.first_left_out)
+        yield from _named_lines("unreadable", self.unreadable, self.first_unreadable)
         yield "clean" if self.clean else "not clean"
 
 
@@ -98,6 +99,7 @@ def check(dataset: Dataset, *, folder: Path | None = None, image_size: int = 224
     facts = {name: _read(split, workers or cores(), progress) for name, split in splits.items()}
     progress.close()
     faults = [*dataset.skipped, *(fault for name, part in facts.items() for fault in part.faults(splits[name]))]
+    left_out = dataset.left_out
     shards, shard_faults = _shards(folder) if folder else (None, [])
     return Report(
         name=dataset.name,
@@ -105,7 +107,9 @@ def check(dataset: Dataset, *, folder: Path | None = None, image_size: int = 224
         classes=tuple(map(shown, dataset.classes)),
         image_size=image_size,
         unreadable=len(faults),
-        first_unreadable=[(shown(name), shown(reason)) for name, reason in faults[:FIRST]],
+        first_unreadable=_first(faults),
+        left_out=len(left_out),
+        first_left_out=_first(left_out),
         **_copies(splits, facts),
         shards=shards,
         shard_faults=shard_faults,
@@ -227,6 +231,17 @@ def _part_lines(name: str, part: Part, image_size: int) -> Iterator[str]:
         yield f"  small     {_count(part.small, 'image')} with a side below {image_size} pixels"
     if part.unlabelled:
         yield f"  no class  {_count(part.unlabelled, 'image')}"
+
+
+def _first(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(shown(name), shown(reason)) for name, reason in pairs[:FIRST]]
+
+
+def _named_lines(what: str, count: int, first: list[tuple[str, str]]) -> Iterator[str]:
+    yield f"{what:<11} {_count(count, 'image')}"
+    yield from (f"            {name}: {reason}" for name, reason in first)
+    if count > len(first):
+        yield f"            and {count - len(first):,} more"
 
 
 def _count(number: int, one: str, many: str = "") -> str:

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from simclr_fast.data.commands.shards import PARTIAL, Manifest, Shard, Tar, shar
 from simclr_fast.data.policy import permutation
 from simclr_fast.data.sources import FEW, TOLERATE, DataError, Dataset, Split
 from simclr_fast.data.sources.samples import Ticker
+from simclr_fast.data.sources.scan import cores
 
 _TEMPORARY = re.compile(r"((train|test)-\d{6,}\.(tar|idx)|manifest\.json)" + re.escape(PARTIAL))
 
@@ -102,14 +103,15 @@ def pack(
     write. Bytes are kept as they are, metadata and all, unless `settings.short_side` makes an image smaller: then
     neither the EXIF orientation is applied nor the ICC profile kept, since the engines heed neither. A folder that
     holds an unfinished set of the same images and settings is finished; shards that are damaged are written again.
+    A damaged shard whose images are all gone is removed. A finished set stays complete unless something is written.
     Classes are opened in the order of their names, and none if an image has none, which stderr tells.
 
     Args:
         folder: where to write; it is made, or empty, or holds such a set.
         source: what the data set was opened from; the folder must not lie in it.
         workers: threads that read and resize; 0 is one for each core.
-        tolerate: the share of a part's images that may vanish while it is packed, 0 to 1; of fewer than 20 any number
-            may, if it is not 0.
+        tolerate: the share of a part's images that may vanish while it is packed, in all runs together, 0 to 1; of
+            fewer than 20 any number may, if it is not 0.
     Raises:
         DataError: the folder cannot be written or is not fit, or holds another set; too many images vanished.
     """
@@ -133,7 +135,7 @@ def pack(
         target.mkdir(parents=True, exist_ok=True)
         with _claimed(target):
             manifest = _found(target, fresh)
-            packer = _Packer(target, manifest, settings, workers or os.cpu_count() or 1, tolerate)
+            packer = _Packer(target, manifest, settings, workers or cores(), tolerate)
             return packer.run(parts)
     except OSError as error:
         whole = len(packer.manifest.shards) if packer else 0
@@ -147,22 +149,28 @@ class _Packer:
     def __init__(self, folder: Path, manifest: Manifest, settings: Packing, workers: int, tolerate: float) -> None:
         self.folder, self.manifest, self.settings = folder, manifest, settings
         self.workers, self.tolerate = workers, tolerate
-        self.lost = dict(manifest.lost)
+        self.lost = dict(manifest.lost)  # by part/name
+        self.lost_of = Counter(name.partition("/")[0] for name in self.lost)  # parts
 
     def run(self, parts: Mapping[str, Split]) -> Manifest:
         """Every part; the finished manifest."""
         damaged = self._damaged()
+        if damaged:
+            self._reopen()
         done = sum(shard.images for shard in self.manifest.shards) - sum(shard.images for shard in damaged)
         self.progress = Progress("packing", sum(map(len, parts.values())) - done)
         for part, split in parts.items():
             mine = [shard for shard in self.manifest.shards if _place(shard)[0] == part]
             for shard in mine:
-                if shard in damaged:
-                    self._fill(part, split, _place(shard)[1], shard.first, shard.end, limited=False)
-            self._fill(part, split, len(mine), mine[-1].end if mine else 0, len(split))
+                number = _place(shard)[1]
+                if shard in damaged and not self._fill(part, split, number, shard.first, shard.end, limited=False):
+                    self._drop(shard)
+            number, first = (_place(mine[-1])[1] + 1, mine[-1].end) if mine else (0, 0)
+            self._fill(part, split, number, first, len(split))
             if not any(_place(shard)[0] == part for shard in self.manifest.shards):
                 raise DataError(f"images must stay while they are packed, but all {len(split):,} of {part} are gone")
-        self._save(dataclasses.replace(self.manifest, complete=True))
+        if not self.manifest.complete or self.lost != dict(self.manifest.lost):
+            self._save(dataclasses.replace(self.manifest, complete=True))
         return self.manifest
 
     def _damaged(self) -> list[Shard]:
@@ -176,18 +184,21 @@ class _Packer:
         progress.close()
         return damaged
 
-    def _fill(self, part: str, split: Split, number: int, first: int, end: int, limited: bool = True) -> None:
-        """Images `first` to `end` of the shuffled order, into shards from `number` on, or into one alone."""
+    def _fill(self, part: str, split: Split, number: int, first: int, end: int, limited: bool = True) -> bool:
+        """Images `first` to `end` of the shuffled order, into shards from `number` on, or into one alone.
+
+        Returns whether the last one holds an image, and so was written.
+        """
         if first == end:
-            return
-        order, lost = permutation(len(split), self.settings.seed, 0)[first:end].tolist(), 0
+            return False
+        order = permutation(len(split), self.settings.seed, 0)[first:end].tolist()
         tar = Tar(self.folder, part, number)
         try:
             for place, (index, sample) in enumerate(self._samples(split, order), first):
                 if sample.fault:
-                    lost += 1
-                    self._lose(split, index, sample.fault, lost)
+                    self._lose(part, split, index, sample.fault)
                     continue
+                self._find(part, split, index)
                 files = {sample.kind: sample.content} | self._label(split, index)
                 if limited and self._is_full(tar, files):
                     self._keep(tar, first, place)
@@ -197,6 +208,7 @@ class _Packer:
                 self.progress.add(1, len(sample.content))
             if tar.samples:
                 self._keep(tar, first, end)
+            return bool(tar.samples)
         finally:
             tar.discard()
             self.progress.close()
@@ -211,21 +223,44 @@ class _Packer:
         return {"cls": self.manifest.classes[label].encode()} if label >= 0 else {}
 
     def _keep(self, tar: Tar, first: int, end: int) -> None:
+        self._reopen()
         self._save(self.manifest.having(tar.finish(first, end)))
+
+    def _drop(self, shard: Shard) -> None:
+        """Remove a damaged shard of which no image is left."""
+        path = self.folder / shard.name
+        for each in (path, path.with_suffix(".idx")):
+            each.unlink(missing_ok=True)
+        shards = tuple(each for each in self.manifest.shards if each != shard)
+        self._save(dataclasses.replace(self.manifest, shards=shards))
+        print(f"{shard.name} is removed: none of its images can be read any more", file=sys.stderr)
+
+    def _reopen(self) -> None:
+        """Say that the folder is not complete, before any of its shards changes."""
+        if self.manifest.complete:
+            self._save(dataclasses.replace(self.manifest, complete=False))
 
     def _save(self, manifest: Manifest) -> None:
         manifest = dataclasses.replace(manifest, lost=tuple(self.lost.items()))
         manifest.save(self.folder)
         self.manifest = manifest
 
-    def _lose(self, split: Split, index: int, reason: str, lost: int) -> None:
-        self.lost[split.names[index]] = reason
+    def _lose(self, part: str, split: Split, index: int, reason: str) -> None:
+        self._find(part, split, index)
+        self.lost[f"{part}/{split.names[index]}"] = reason
+        self.lost_of[part] += 1
+        lost = self.lost_of[part]
         few = len(split) < FEW and self.tolerate > 0
-        if lost > self.tolerate * len(split) and not few:
+        if lost > self.tolerate * len(split) + 1e-9 and not few:
             raise DataError(
                 f"images must stay while they are packed, but {lost:,} of {len(split):,} cannot be read any more; the "
-                f"last is {split.names[index]}: {reason}"
+                f"last is {part}/{split.names[index]}: {reason}"
             )
+
+    def _find(self, part: str, split: Split, index: int) -> None:
+        """An image is not lost, whatever an earlier run saw."""
+        if self.lost.pop(f"{part}/{split.names[index]}", None) is not None:
+            self.lost_of[part] -= 1
 
     def _samples(self, split: Split, order: list[int]) -> Iterator[tuple[int, Prepared]]:
         """What becomes of the images, in order, prepared by threads a little ahead."""
@@ -244,7 +279,7 @@ class _Packer:
 
 def _found(folder: Path, fresh: Manifest) -> Manifest:
     """The manifest to go on with: the folder's, or a new one where the folder is empty."""
-    manifest = Manifest.load(folder)
+    manifest = found = Manifest.load(folder)
     left = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
     if manifest is None:
         others = sorted({path.name for path in folder.iterdir()} - {path.name for path in left})
@@ -256,8 +291,8 @@ def _found(folder: Path, fresh: Manifest) -> Manifest:
         raise DataError(f"the folder {str(folder)!r} holds another set, choose another or remove it ({text})")
     for path in left:
         path.unlink()
-    manifest = dataclasses.replace(manifest, complete=False)
-    manifest.save(folder)
+    if found is None:
+        manifest.save(folder)
     return manifest
 
 
@@ -291,13 +326,17 @@ def _digest_of(split: Split) -> str:
 @contextmanager
 def _claimed(folder: Path) -> Iterator[None]:
     """Hold a folder against a second process that would pack into it."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError:  # Windows, where processes are not kept apart
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another process is packing into {str(folder)!r}") from error
         yield
-    except BlockingIOError as error:
-        raise DataError(f"another process is packing into {str(folder)!r}") from error
     finally:
         os.close(handle)

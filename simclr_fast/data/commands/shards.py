@@ -45,7 +45,7 @@ class Manifest:
     digests: Mapping[str, str]  # of the names, sizes and labels of each part
     classes: tuple[str, ...]
     shards: tuple[Shard, ...] = ()
-    lost: tuple[tuple[str, str], ...] = ()  # (name, reason) of images that could not be read while packing
+    lost: tuple[tuple[str, str], ...] = ()  # (part/name, reason) of images that could not be read while packing
     complete: bool = False
     version: str = __version__  # of simclr_fast
     layout: int = LAYOUT

@@ -58,10 +58,12 @@ def choose(engine: str, split: Split, device: torch.device, ranks: int = 1) -> t
     bytes_, room, side = resident.size_of(split), resident.room_on(device, ranks), int(split.sizes.max())
     if resident.is_loaded(split, device):  # then it takes no more, and what is free is other than before
         room = max(room, bytes_)
+    box = " x ".join(map(str, split.sizes.max(0)))
     held = f"all {len(split):,} images ({bytes_ / 2**20:,.0f} MiB of pixels)"
     if engine == "resident" and bytes_ > room:
         raise ValueError(
-            f"engine 'resident' must hold {held} in {room / 2**20:,.0f} MiB on {device}, which is too little"
+            f"engine 'resident' must hold {held}, each in a box of the largest sides, {box}, in "
+            f"{room / 2**20:,.0f} MiB on {device}, which is too little"
         )
     if engine == "resident" or (engine == "auto" and side <= resident.MAX_SIDE and bytes_ <= room):
         return "resident", f"{held} are held on {device}: nothing is decoded during training"

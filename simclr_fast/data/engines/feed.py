@@ -125,7 +125,7 @@ class Feed:
             if other is None or len(self._replaced) + 1 > max(1, TOLERATE * n):
                 raise DataError(
                     f"data must stay readable while they are used: {len(self._replaced) + 1} of {n} images became "
-                    f"unreadable, the last one {names[index]}: {reason}"
+                    f"unreadable, the last one {names[index]}: {reason}; over {TOLERATE:.0%} the run stops"
                 )
             self._replaced[index] = other
         log.warning("%s cannot be read any more (%s); %s takes its place", names[index], reason, names[other])

@@ -26,6 +26,8 @@ SECONDS = 2.0  # for each candidate
 ENOUGH = 0.97  # of the fastest: then fewer threads are better
 WAITING = 0.1  # share of the time from which advice is given
 
+SMALLER = "large files decode faster made smaller: python -m simclr_fast.data pack DATA SHARDS --short-side 256"
+
 Rate = Callable[[Settings], float]
 
 
@@ -128,20 +130,15 @@ class Waits:
         if self._read > 0.5 * workers * self._seconds:
             return start + (
                 "the disk is short, threads spend most of their time reading. Put the data on a local disk, or pack "
-                "them into shards: python -m simclr_fast.data pack"
+                "them into shards: python -m simclr_fast.data pack DATA SHARDS"
             )
         if engine == "torchvision":
-            return start + "this is the slow engine; install DALI (pip install nvidia-dali-cuda130), or raise --workers"
+            return start + "this is the slow engine; use DALI (pip install nvidia-dali-cuda130), or raise --workers"
         if engine == "dali" and device.type == "cuda":
-            return start + (
-                "decoding is short. --tune-input finds the share for the decoder engines; smaller files decode "
-                "faster: python -m simclr_fast.data pack --short-side 256"
-            )
+            return start + f"decoding is short. --tune-input finds the share for the decoder engines; {SMALLER}"
         if self._cpu > 0.85 * here * self._seconds:
-            smaller = "" if engine == "resident" else (
-                "Smaller files decode faster: python -m simclr_fast.data pack --short-side 256; "
-            )  # fmt: skip
-            return start + f"the CPU is short, all {here} cores are busy. {smaller}More cores, or a GPU, help"
+            more = "more cores, or a GPU, help" + (f"; {SMALLER}" if engine == "dali" else "")
+            return start + f"the CPU is short, all {here} cores are busy: {more}"
         if workers < here:
             return start + f"{workers} of {here} cores prepare images; raise --workers, or let --tune-input choose"
         return start + "--tune-input finds the number of threads that suits this machine"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import stat
 import struct
@@ -21,7 +22,8 @@ from PIL import Image
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "PPM")  # what every engine decodes, by Pillow's names
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 2**30
-RULES = 1  # what was found by other rules is not taken from the cache
+_MAX_HEADER = 2**16  # bytes of a pixmap that are searched for its largest value
+RULES = 2  # what was found by other rules is not taken from the cache
 
 
 class Verdict(NamedTuple):
@@ -94,9 +96,31 @@ def _refused(kind: str, encoded: bytes, height: int, width: int) -> str:
         return "its chunks are damaged, or it is cut short"
     if kind == "BMP" and not _whole_rows(encoded, height, width):
         return "its header is damaged, or it is cut short"
+    if kind == "BMP" and _bits(encoded) == 16:
+        return "a BMP of 16 bits a pixel is not supported"
+    if kind == "PPM" and encoded[:2] not in _PIXMAPS:
+        return "of pixmaps only P1 to P6 are supported"
+    if kind == "PPM" and (largest := _largest(encoded)) not in (255, 65535):
+        return f"a pixmap must have 255 or 65535 as its largest value, not {largest}"
     if kind == "PPM" and encoded[:2] in (b"P1", b"P2", b"P3") and not encoded[-1:].isspace():
         return "its last number is not ended, it may be cut short"
     return ""
+
+
+_PIXMAPS = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6")
+
+
+def _largest(pixmap: bytes) -> int:
+    """The largest value in the header of a pixmap, which DALI does not scale by; 255 where the format has none."""
+    if pixmap[:2] in (b"P1", b"P4"):
+        return 255
+    words = re.sub(rb"#[^\r\n]*[\r\n]", b"", pixmap[2:_MAX_HEADER]).split(maxsplit=3)
+    return int(words[2]) if len(words) > 2 and words[2].isdigit() else 0
+
+
+def _bits(bmp: bytes) -> int:
+    """Bits of a pixel, by the header of a BMP."""
+    return int.from_bytes(bmp[28:30] if int.from_bytes(bmp[14:18], "little") >= 40 else bmp[24:26], "little")
 
 
 def _whole_segments(jpeg: bytes) -> bool:

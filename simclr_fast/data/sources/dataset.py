@@ -13,20 +13,20 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from simclr_fast.data.sources import named
 from simclr_fast.data.sources.check import examine
-from simclr_fast.data.sources.files import Found, find
+from simclr_fast.data.sources.files import Found, find, refuse_unfinished
+from simclr_fast.data.sources.parts import Row, class_names, class_of, parted
 from simclr_fast.data.sources.samples import (
     EXTENSIONS,
-    TEST_NAMES,
     DataError,
     Sample,
     cache_folder,
     datasets_folder,
+    expanded,
     shown,
     write_whole,
 )
@@ -90,13 +90,14 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set. `skipped` holds (name, reason) of what cannot be used."""
+    """A data set. (name, reason) of what cannot be read is in `skipped`, of what is of no part in `left_out`."""
 
     name: str
     train: Split
     test: Split | None
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
+    left_out: tuple[tuple[str, str], ...] = ()  # sound ones, that no part or class of the set takes
 
 
 def open_dataset(spec: str, workers: int = 0, *, download: bool = False, tolerate: float = TOLERATE) -> Dataset:
@@ -110,10 +111,10 @@ def open_dataset(spec: str, workers: int = 0, *, download: bool = False, tolerat
         workers: processes that check the images; 0 is one for each core.
         download: fetch a known data set that is not there yet.
         tolerate: the share of the images, of training and test together, that may be unreadable, 0 to 1. Of fewer
-            than 20 images any number may be, if it is not 0.
+            than 20 images any number may be, if it is not 0. With 1, packed shards need not be all there either.
     Raises:
-        DataError: there is no such path, or no image in it that can be read, or more than `tolerate` cannot be read;
-            or the data set of that name is not there, or cannot be fetched.
+        DataError: there is no such path, or packing it has not ended, or no image in it that can be read, or more
+            than `tolerate` cannot be read; or the data set of that name is not there, or cannot be fetched.
     """
     if not 0 <= tolerate <= 1:
         raise DataError(f"tolerate must be a share of the images, 0 to 1, got {tolerate}")
@@ -122,6 +123,8 @@ def open_dataset(spec: str, workers: int = 0, *, download: bool = False, tolerat
     root = _root(spec)
     if not root.is_dir() and root.suffix.lower() not in (".tar", ".txt"):
         raise DataError(f"data must be a folder, a .tar or a .txt list of images, got {spec!r}")
+    if tolerate < 1:
+        refuse_unfinished(root)
     found = find(root)
     if not found.samples:
         raise DataError(
@@ -133,15 +136,15 @@ def open_dataset(spec: str, workers: int = 0, *, download: bool = False, tolerat
 
 
 def write_skipped(path: Path, dataset: Dataset) -> None:
-    """Write what was skipped, in lines of name, tab, reason; where nothing was, remove the file.
+    """Write what was skipped and what left out, in lines of name, tab, reason; where nothing was, remove the file.
 
     Raises:
         OSError: it cannot be written; what was there stays.
     """
-    if not dataset.skipped:
+    if not (rows := [*dataset.skipped, *dataset.left_out]):
         path.unlink(missing_ok=True)
         return
-    lines = ["\t".join(map(_one_line, pair)) + "\n" for pair in dataset.skipped]
+    lines = ["\t".join(map(_one_line, pair)) + "\n" for pair in rows]
     write_whole(path, "".join(lines).encode())
 
 
@@ -169,10 +172,14 @@ def _root(spec: str) -> Path:
         from simclr_fast.data.sources.shapes import make_shapes
 
         return make_shapes()
-    root = Path(spec).expanduser()
+    root = expanded(spec)
     if root.name.lower().endswith(PACKED):
         raise DataError(f"data must not be compressed: unpack {spec!r} into a folder, or into a .tar, and give that")
-    if not os.path.lexists(root) or not root.exists():
+    try:
+        exists = root.exists()
+    except OSError as error:  # a folder above it that may not be entered
+        raise DataError(f"data must be a path that can be read, got {spec!r}: {error}") from error
+    if not exists:
         near = difflib.get_close_matches(spec.lower(), KNOWN, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DataError(f"data must be an existing path or one of {', '.join(KNOWN)}, got {spec!r}{hint}")
@@ -186,16 +193,15 @@ def _open_named(name: str, workers: int, download: bool, tolerate: float) -> Dat
         assert train is not None
         return Dataset(name, train, test, data.classes, ())
     samples = [sample for part in PARTS for sample in data.samples.get(part, ())]
-    findings = scan(samples, str(data.folder), workers)
+    findings = scan(samples, f"{data.folder} {name}", workers)
     _tolerated(samples, findings, tolerate, name)
     rows, start = {}, 0
     for part in PARTS:
         count = len(data.samples.get(part, ()))
-        rows[part] = [_Row(k, samples[k].name) for k in range(start, start + count) if k not in findings.faults]
+        rows[part] = [Row(k, samples[k].name) for k in range(start, start + count) if k not in findings.faults]
         start += count
     train, test = (_split(samples, rows[part], findings.sizes, data.classes) for part in PARTS)
-    skipped = tuple((samples[k].name, fault) for k, fault in sorted(findings.faults.items()))
-    return Dataset(name, train, test if len(test) else None, data.classes, skipped)
+    return Dataset(name, train, test if len(test) else None, data.classes, _unreadable(samples, findings))
 
 
 def _array_split(name: str, pixels: np.ndarray, labels: np.ndarray) -> Split:
@@ -223,66 +229,41 @@ def _tolerated(samples: Sequence[Sample], findings: Findings, tolerate: float, s
     first = f"{samples[row].name}: {findings.faults[row]}"
     if bad == total:
         raise DataError(f"data must hold images that can be read, all {total:,} in {spec!r} fail; {first}")
-    if bad > tolerate * total and (total >= FEW or tolerate == 0):
+    if bad > tolerate * total + 1e-9 and (total >= FEW or tolerate == 0):
         raise DataError(
             f"data must hold at most {100 * tolerate:g} % images that cannot be read, got {bad:,} of {total:,} in "
-            f"{spec!r}, the first {first}; remove them, or raise --tolerate-unreadable ({_rounded_up(bad / total)})"
+            f"{spec!r}, the first {first}; remove them, or raise --tolerate-unreadable ({_rounded_up(bad, total)})"
         )
 
 
-def _rounded_up(share: float) -> float:
-    return min(1.0, int(share * 100 + 1) / 100)
-
-
-class _Row(NamedTuple):
-    sample: int
-    name: str  # below the folder of its part
+def _rounded_up(bad: int, total: int) -> float:
+    """A share with two digits that is surely enough."""
+    return min(1.0, (100 * bad // total + 1) / 100)
 
 
 def _assemble(name: str, found: Found, findings: Findings) -> Dataset:
     """Part the samples into train and test, and label them."""
     samples = found.samples
-    skipped = [(samples[k].name, fault) for k, fault in sorted(findings.faults.items())] + found.left_out
-    good = [_Row(k, sample.name) for k, sample in enumerate(samples) if k not in findings.faults]
-    good = _below_common_folder(good)
-    parts: dict[str, list[_Row]] = {}
-    for row in good:
-        parts.setdefault(row.name.split("/")[0].lower() if "/" in row.name else "", []).append(row)
-    train, test = good, []
-    if "train" in parts:
-        train = _without_folder(parts["train"])
-        test = _without_folder(next((parts[part] for part in TEST_NAMES if part in parts), []))
-    classes = _classes({_class(samples, row) for row in train})
+    parts = parted(samples, findings.faults)
+    train, test, left_out = parts.train, parts.test, [*found.left_out, *parts.left_out]
+    classes = class_names({class_of(samples, row) for row in train})
     if classes:
-        labels = [(row, _class(samples, row)) for row in test]
-        skipped += [(row.name, f"class {label!r} is not in train") for row, label in labels if label not in classes]
+        labels = [(row, class_of(samples, row)) for row in test]
+        left_out += [(row.name, _not_in_train(label)) for row, label in labels if label not in classes]
         test = [row for row, label in labels if label in classes]
     trained, tested = (_split(samples, rows, findings.sizes, classes) for rows in (train, test))
-    return Dataset(name, trained, tested if test else None, classes, tuple(skipped))
+    return Dataset(name, trained, tested if test else None, classes, _unreadable(samples, findings), tuple(left_out))
 
 
-def _below_common_folder(rows: list[_Row]) -> list[_Row]:
-    common = os.path.commonprefix([min(row.name for row in rows), max(row.name for row in rows)])
-    cut = common.rfind("/") + 1
-    return [_Row(k, name[cut:]) for k, name in rows] if cut else rows
+def _not_in_train(label: str) -> str:
+    return f"class {label!r} is not in train" if label else "it has no class"
 
 
-def _without_folder(rows: list[_Row]) -> list[_Row]:
-    return [_Row(k, name.split("/", 1)[1]) for k, name in rows]
+def _unreadable(samples: Sequence[Sample], findings: Findings) -> tuple[tuple[str, str], ...]:
+    return tuple((samples[k].name, fault) for k, fault in sorted(findings.faults.items()))
 
 
-def _class(samples: Sequence[Sample], row: _Row) -> str:
-    return samples[row.sample].label or row.name.rpartition("/")[0].split("/")[0]
-
-
-def _classes(names: set[str]) -> tuple[str, ...]:
-    """The classes, in order; none unless every image has one and there are two or more. Numbers sort as numbers."""
-    if len(names) < 2 or "" in names:
-        return ()
-    return tuple(sorted(names, key=lambda n: (len(n), n) if all(map(str.isdigit, names)) else (0, n)))
-
-
-def _split(samples: Sequence[Sample], rows: list[_Row], sizes: np.ndarray, classes: tuple[str, ...]) -> Split:
+def _split(samples: Sequence[Sample], rows: list[Row], sizes: np.ndarray, classes: tuple[str, ...]) -> Split:
     number = {name: k for k, name in enumerate(classes)}
     chosen = [samples[row.sample] for row in rows]
     return Split(
@@ -291,6 +272,6 @@ def _split(samples: Sequence[Sample], rows: list[_Row], sizes: np.ndarray, class
         offsets=np.array([s.offset for s in chosen], np.int64),
         lengths=np.array([s.length for s in chosen], np.int64),
         sizes=sizes[[row.sample for row in rows]].astype(np.int64).reshape(-1, 2),
-        labels=np.array([number[_class(samples, row)] for row in rows], np.int64) if classes else None,
+        labels=np.array([number[class_of(samples, row)] for row in rows], np.int64) if classes else None,
         stamps=np.array([s.stamp for s in chosen], np.int64),
     )

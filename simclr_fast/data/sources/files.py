@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from simclr_fast.data.sources.samples import EXTENSIONS, DataError, Sample, Ticker, shown
 from simclr_fast.data.sources.tars import tar_samples
 
+MANIFEST = "manifest.json"  # of a packed data set
 METADATA = ("metadata.jsonl", "metadata.csv")
 LABEL_COLUMNS = ("label", "labels", "class")  # the first that is there
 
@@ -29,11 +31,11 @@ def find(root: Path) -> Found:
     """The images below a folder (where there are none, those of its tars), of a tar, or of a list, in a fixed order.
 
     A folder that holds `metadata.jsonl` or `metadata.csv` with a column `file_name` has the images that it lists, each
-    of the class in the column `label`, else `labels`, else `class`; where there is none of these, folders are classes
-    as ever. Lines whose images are missing count as images that cannot be read.
+    of the class in the column `label`, else `labels`, else `class`, of none where that is empty; without such a column
+    folders are classes as ever. Lines whose images are missing count as images that cannot be read.
 
     Raises:
-        DataError: the list is not text.
+        DataError: the list is not text or cannot be read.
     """
     if root.is_dir():
         ticker = Ticker()
@@ -42,6 +44,23 @@ def find(root: Path) -> Found:
         return found
     name, path = shown(root.name), str(root)
     return Found(tar_samples(name, path) if root.suffix.lower() == ".tar" else list(_listed(root)))
+
+
+def refuse_unfinished(root: Path) -> None:
+    """Look whether a folder is of packed shards that are not all there.
+
+    Raises:
+        DataError: the manifest of a packed data set says that packing it has not ended.
+    """
+    try:
+        manifest = json.loads((root / MANIFEST).read_bytes())
+    except (OSError, ValueError):  # none, or another program's
+        return
+    if isinstance(manifest, dict) and "layout" in manifest and manifest.get("complete") is False:
+        raise DataError(
+            f"data must be packed to the end, but {str(root / MANIFEST)!r} says that it is not complete: give the "
+            "same `python -m simclr_fast.data pack` again, it goes on where it stopped"
+        )
 
 
 def _in_folder(root: Path, ticker: Ticker) -> Found:
@@ -69,13 +88,21 @@ def _in_folder(root: Path, ticker: Ticker) -> Found:
                 found.left_out.append((name, "the metadata do not list it"))
             if ticker.due():
                 ticker.show(f"finding images: {len(found.samples):,}")
-    if not found.samples:
+    if found.samples and tars:
+        _leave_out(tars, found)
+    else:
         for k, tar in enumerate(tars):
             found.samples.extend(tar_samples(*tar))
             if ticker.due():
                 ticker.show(f"finding images: {len(found.samples):,} in {k + 1:,} of {len(tars):,} tars")
     found.samples.extend(broken)
     return found
+
+
+def _leave_out(tars: list[tuple[str, str]], found: Found) -> None:
+    first = found.samples[0].name
+    print(f"{len(tars):,} tars are left out, since there are images beside them, the first {first}", file=sys.stderr)
+    found.left_out.extend((name, f"a tar, and there are images beside it, the first {first}") for name, _ in tars)
 
 
 def _folders(root: str) -> Iterator[tuple[str, list[str], str]]:
@@ -87,13 +114,13 @@ def _folders(root: str) -> Iterator[tuple[str, list[str], str]]:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()
+        subfolders[:] = sorted(subfolder for subfolder in subfolders if not subfolder.startswith("."))
         yield folder, sorted(file for file in files if not file.startswith(".")), ""
     for error in errors:
         yield str(error.filename), [], str(error)
 
 
-def _sample(name: str, path: str, label: str = "") -> Sample:
+def _sample(name: str, path: str, label: str | None = None) -> Sample:
     try:
         stat = os.stat(path)
     except (OSError, ValueError):  # a link to nothing; it is counted when it is checked
@@ -103,13 +130,16 @@ def _sample(name: str, path: str, label: str = "") -> Sample:
 
 def _listed(path: Path) -> Iterator[Sample]:
     """The images of a text file: a path in each line, from its folder on; a tab and a class after it if it has one."""
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(f"a list of images must be readable, got {str(path)!r}: {error}") from error
     if "\0" in text:
         raise DataError(f"a list of images must be UTF-8 text, got NUL bytes in {str(path)!r}")
     for line in text.split("\n"):
         name, _, label = line.strip().partition("\t")
         if name:
-            yield _sample(shown(name), str(path.parent / name), shown(label.strip()))
+            yield _sample(shown(name), str(path.parent / name), shown(label.strip()) or None)
 
 
 def _from_metadata(folder: str, files: list[str], prefix: str) -> list[Sample] | None:
@@ -125,6 +155,8 @@ def _from_metadata(folder: str, files: list[str], prefix: str) -> list[Sample] |
         return [Sample(shown(prefix + name), path, fault=f"it cannot be read: {error}")]
     if not any(isinstance(row, dict) and "file_name" in row for row in rows):
         return None
+    columns = {column for row in rows if isinstance(row, dict) for column in row}
+    column = next((column for column in LABEL_COLUMNS if column in columns), None)
     samples: dict[str, Sample] = {}
     for number, row in enumerate(rows, 1):
         image = row.get("file_name") if isinstance(row, dict) else None
@@ -133,7 +165,8 @@ def _from_metadata(folder: str, files: list[str], prefix: str) -> list[Sample] |
             samples[line] = Sample(shown(line), path, fault="it has no file_name")
             continue
         target = os.path.normpath(os.path.join(folder, image))
-        samples.setdefault(target, _sample(shown(prefix + image), target, _label(row)))
+        label = None if column is None else _label(row.get(column))
+        samples.setdefault(target, _sample(shown(prefix + image), target, label))
     return list(samples.values())
 
 
@@ -146,7 +179,6 @@ def _json_rows(lines: Iterable[str]) -> Iterator[Any]:
                 yield None
 
 
-def _label(row: dict[str, Any]) -> str:
-    """The class in a row; numbers as text, nothing for what is neither."""
-    value = next((row[column] for column in LABEL_COLUMNS if column in row), "")
+def _label(value: object) -> str:
+    """The class that a value of the column names; numbers as text, nothing for what is neither."""
     return shown(str(value).strip()) if isinstance(value, str | int | float) else ""

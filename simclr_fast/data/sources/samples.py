@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 TEST_NAMES = ("test", "val", "valid", "validation")
+PART_NAMES = ("train", *TEST_NAMES, "unlabeled", "unlabelled", "extra")  # folders that are parts beside `train`
 
 
 class DataError(ValueError):
@@ -26,7 +27,7 @@ class Sample(NamedTuple):
     offset: int = 0  # bytes
     length: int = 0  # bytes
     stamp: int = 0  # when the file was changed, ns
-    label: str = ""  # written beside the image; without it the folder may be the class
+    label: str | None = None  # written beside the image, "" for no class; without it the folder may be the class
     fault: str = ""
 
 
@@ -37,7 +38,19 @@ def cache_folder() -> Path:
 
 def datasets_folder() -> Path:
     """Where data sets known by name are kept: $SIMCLR_FAST_DATA, or `datasets` in the cache; it may not exist yet."""
-    return Path(os.environ.get("SIMCLR_FAST_DATA") or cache_folder() / "datasets").expanduser()
+    return expanded(os.environ.get("SIMCLR_FAST_DATA") or str(cache_folder() / "datasets"))
+
+
+def expanded(path: str) -> Path:
+    """A path with the home folder in place of `~` or `~user`.
+
+    Raises:
+        DataError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"a path that starts with ~ must name a user of this computer, got {path!r}") from error
 
 
 def shown(name: str) -> str:
@@ -61,7 +74,7 @@ def write_whole(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         partial.unlink(missing_ok=True)
         raise
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL
+from PIL import features
 
 from simclr_fast.data.sources import check
 from simclr_fast.data.sources.check import Verdict
@@ -51,7 +53,8 @@ def scan(samples: Sequence[Sample], root: str, workers: int = 0) -> Findings:
         root: names the data set; the cache has one file for each.
         workers: processes (for few images threads) that decode; 0 is one for each core.
     """
-    path = cache_folder() / f"checked-{_digest([root, check.RULES])}.npz"
+    rules = [check.RULES, PIL.__version__, features.check("webp")]
+    path = cache_folder() / f"checked-{_digest([root, *rules])}.npz"
     with ExitStack() as held:
         if len(samples) >= CACHED_FROM:  # one process of a host checks, the others read what it found
             with suppress(OSError):
@@ -146,13 +149,14 @@ class _Cache:
                 keys, sizes, faults = file["keys"], file["sizes"], json.loads(file["faults"].tobytes())
             if not (keys.dtype == np.uint64 and sizes.shape == (len(keys), 2) and isinstance(faults, dict)):
                 return
+            reasons = {int(key): str(reason) for key, reason in faults.items()}
+            at_fault = np.array(list(reasons), np.uint64)
         except Exception:  # nothing or garbage is there, and numpy raises whatever the garbage leads to
             return
         at = np.minimum(np.searchsorted(keys, self._keys), max(len(keys) - 1, 0))
         known = keys[at] == self._keys if len(keys) else self._known
         self.sizes[known] = sizes[at[known]]
-        reasons = {int(key): str(reason) for key, reason in faults.items()}
-        own = np.isin(self._keys, np.array(list(reasons), np.uint64)) & known
+        own = np.isin(self._keys, at_fault) & known
         self._known = known
         for row in np.flatnonzero(own).tolist():
             self.faults.setdefault(row, reasons[int(self._keys[row])])

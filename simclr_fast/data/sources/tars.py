@@ -17,17 +17,22 @@ import numpy as np
 from simclr_fast.data.sources.samples import EXTENSIONS, TEST_NAMES, Sample, cache_folder, shown, write_whole
 
 BLOCK = 512
+TYPE = 156  # where the type of a member is in its header
 VERSION = "v1.2"  # of the index, as DALI's wds2idx writes it
 CACHED_FROM = 1000  # images; a smaller tar is walked in no time
-RULES = 1  # what was found by other rules is not taken from the cache
+RULES = 2  # what was found by other rules is not taken from the cache
 SPOTS = 16  # headers that are compared with the index
 MAX_LABEL = 4096  # bytes
+DAMAGE = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError)  # what tarfile raises
+_PART = re.compile(rf"(?:^|[_.-])(train|{'|'.join(TEST_NAMES)})(?![a-z])")
 
 
 class _Member(NamedTuple):
     name: str
     offset: int
     length: int
+    fault: str = ""
+    target: str = ""  # of a hard link: the member whose content it has
 
 
 class _IndexError(ValueError):
@@ -38,7 +43,7 @@ def tar_samples(tar: str, path: str) -> list[Sample]:
     """The images of a tar, with the text of `key.cls` as the label of `key.jpg`.
 
     The index `x.idx` beside `x.tar` (`wds2idx`, v1.2) saves the walk. One that does not match is named on stderr, and
-    the tar is walked. A tar named train... or test... is of that part.
+    the tar is walked. A tar with `train`, `test` or the like as a word in its name, or in a folder's, is of that part.
 
     Args:
         tar: its name below the root.
@@ -57,8 +62,8 @@ def tar_samples(tar: str, path: str) -> list[Sample]:
             found = _with_labels(path, members, stat.st_size, stat.st_mtime_ns)
             if not faults and len(found) >= CACHED_FROM:
                 _remember(cache, facts, found)
-    except OSError as error:
-        found, faults = [], [f"OSError: {error}"]
+    except DAMAGE as error:
+        found, faults = [], [f"{_kind(error)}: {error}"]
     found += [Sample(tar, path, fault=fault) for fault in faults]
     return _in_part(tar, found)
 
@@ -90,7 +95,8 @@ def _remember(cache: Path, facts: list[Any], samples: list[Sample]) -> None:
 
 
 def _in_part(tar: str, samples: list[Sample]) -> list[Sample]:
-    part = re.match(rf"(train|{'|'.join(TEST_NAMES)})(?![a-z])", tar.lower())
+    words = (_PART.search(folder) for folder in reversed(tar.lower().split("/")))
+    part = next((word for word in words if word), None)
     folders = tuple(f"{folder}/" for folder in ("train", *TEST_NAMES))
     if not part or any(s.name.startswith(folders) for s in samples):
         return samples
@@ -100,39 +106,81 @@ def _in_part(tar: str, samples: list[Sample]) -> list[Sample]:
 def _with_labels(path: str, members: Iterable[_Member], size: int, stamp: int) -> list[Sample]:
     samples, labels = [], {}
     with open(path, "rb") as file:
-        for raw, offset, length in members:
+        for raw, offset, length, fault, _ in members:
             name = raw.removeprefix("./")
-            key, _, extension = name.rpartition(".")
-            if name.rpartition("/")[2].startswith("."):
+            stem, _, extension = name.rpartition(".")
+            if any(folder.startswith(".") and folder.strip(".") for folder in name.split("/")):
                 continue
-            if extension.lower() == "cls":
+            if extension.lower() == "cls" and not fault:
                 file.seek(offset)
-                labels[key] = file.read(min(length, MAX_LABEL)).decode("utf-8", "backslashreplace").strip()
+                labels[stem] = file.read(min(length, MAX_LABEL)).decode("utf-8", "backslashreplace").strip()
             elif name.lower().endswith(EXTENSIONS):
-                fault = "the tar is cut short" if offset + length > size else ""
-                samples.append((key, Sample(shown(name), path, offset, length, stamp, fault=fault)))
-    return [sample._replace(label=labels[key]) if key in labels else sample for key, sample in samples]
+                fault = fault or ("the tar is cut short" if offset + length > size else "")
+                samples.append((stem, Sample(shown(name), path, offset, length, stamp, fault=fault)))
+    return [sample._replace(label=_label(labels, stem)) for stem, sample in samples]
 
 
-def _walked(path: str, faults: list[str]) -> Iterator[_Member]:
+def _label(labels: dict[str, str], stem: str) -> str | None:
+    """Of `key.x` the label of that name, else that of `key`: webdataset's keys end at the first dot."""
+    folder, slash, file = stem.rpartition("/")
+    return labels.get(stem) or labels.get(folder + slash + file.partition(".")[0]) or None
+
+
+def _kind(error: Exception) -> str:
+    return "OSError" if isinstance(error, OSError) else "not a whole tar"
+
+
+def _walked(path: str, faults: list[str]) -> list[_Member]:
     """The files in a tar; what is wrong with the tar itself is added to the faults."""
+    members = list(_until_its_end(path, faults))
+    if not any(member.target for member in members):
+        return members
+    files = {member.name.removeprefix("./"): member for member in members if not member.target}
+    return [_resolved(member, files) for member in members]
+
+
+def _resolved(member: _Member, files: dict[str, _Member]) -> _Member:
+    if not member.target:
+        return member
+    file = files.get(member.target.removeprefix("./"))
+    if file is None:
+        return member._replace(fault=f"it is a hard link to {shown(member.target)}, which the tar does not hold")
+    return file._replace(name=member.name)
+
+
+def _until_its_end(path: str, faults: list[str]) -> Iterator[_Member]:
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             for member in archive:
-                if member.isreg():
-                    yield _Member(member.name, member.offset_data, member.size)
+                if member.size < 0:
+                    raise tarfile.ReadError(f"{shown(member.name)} has {member.size} bytes")
+                if member.islnk():
+                    yield _Member(member.name, 0, 0, target=member.linkname)
+                elif member.isreg():
+                    fault = "it is stored with holes (sparse), which is not supported" if member.issparse() else ""
+                    yield _Member(member.name, member.offset_data, member.size, fault)
                 archive.members = []  # type: ignore[attr-defined]  # a kilobyte each, which are kept otherwise
             end = archive.offset
-    except tarfile.TarError as error:
-        faults.append(f"not a whole tar: {error}")
-        return
-    with open(path, "rb") as file:
-        file.seek(end)
-        block = file.read(BLOCK)
+        with open(path, "rb") as file:
+            fault = _end_fault(file, end)
+    except DAMAGE as error:
+        fault = str(error) or type(error).__name__
+    if fault:
+        faults.append(f"not a whole tar: {fault}")
+
+
+def _end_fault(file: BinaryIO, end: int) -> str:
+    """What is wrong with the end of a tar, which begins at a byte of it, or nothing."""
+    file.seek(end)
+    block = file.read(BLOCK)
     if block.strip(b"\0"):
-        faults.append(f"not a whole tar: byte {end:,} should begin a member")
-    elif len(block) < BLOCK:
-        faults.append("not a whole tar: its end is missing")
+        return f"byte {end:,} should begin a member"
+    if len(block) < BLOCK:
+        return "its end is missing"
+    while rest := file.read(2**20):
+        if rest.strip(b"\0"):
+            return f"more follows after its end at byte {end:,}, as where tars are put one behind the other"
+    return ""
 
 
 def _indexed(path: str, size: int) -> list[_Member] | None:
@@ -144,7 +192,7 @@ def _indexed(path: str, size: int) -> list[_Member] | None:
         members = sorted(_parsed(index), key=lambda member: member.offset)
         with open(path, "rb") as file:
             _compare(members, file, size)
-    except (OSError, ValueError) as error:
+    except DAMAGE as error:
         print(f"the index {shown(str(index))} does not match its tar, which is read instead: {error}", file=sys.stderr)
         return None
     return members
@@ -192,9 +240,15 @@ def _compare(members: list[_Member], file: BinaryIO, size: int) -> None:
         raise _IndexError(f"it goes beyond the {size:,} bytes of the tar")
     for row in np.unique(np.linspace(0, len(members) - 1, SPOTS).astype(int)):
         _compare_header(members[row], file)
+    gaps = np.flatnonzero(table[1:, 0] - BLOCK > ends[:-1])  # for what is no plain file, or a second header
+    for row in np.unique(gaps[np.linspace(0, len(gaps) - 1, SPOTS).astype(int)]) if len(gaps) else ():
+        file.seek(ends[row])
+        if file.read(BLOCK)[TYPE : TYPE + 1] == tarfile.LNKTYPE:
+            raise _IndexError("it leaves out hard links")
     file.seek(ends[-1])
-    if file.read(BLOCK).strip(b"\0"):
-        raise _IndexError("the tar goes on after the last member that it lists")
+    while rest := file.read(2**20):
+        if rest.strip(b"\0"):
+            raise _IndexError("the tar goes on after the last member that it lists")
 
 
 def _compare_header(member: _Member, file: BinaryIO) -> None:
