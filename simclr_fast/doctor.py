@@ -127,10 +127,11 @@ def views(backend: str) -> Finding:
     rng, count, side = np.random.default_rng(0), 8, 40
     images = torch.from_numpy(rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8))
     sizes = np.full((count, 2), side)
-    params = Policy(side).draw(0, np.zeros(count, np.int64), np.arange(count), 0, sizes)
+    policy = Policy(side, dialect="tf")  # whose values are in [0, 1]
+    params = policy.draw(0, np.zeros(count, np.int64), np.arange(count), 0, sizes)
     target = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
-    truth = augment(images, params, dialect="tf", backend="reference", dtype=torch.float64)  # in [0, 1]
-    made = augment(images.to(target), params, dialect="tf", backend=backend).cpu()
+    truth = augment(images, params, backend="reference", dtype=torch.float64)
+    made = augment(images.to(target), params, backend=backend).cpu()
     levels = 255 * float((made.double() - truth).abs().max())
     where = "GPU" if target == "cuda" else "interpreter" if backend == "triton" else "CPU"
     return _judged(levels, 0.03, f"{where}, at most {levels:.1e} of 255 levels off")
