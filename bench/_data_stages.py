@@ -61,9 +61,9 @@ def decoded(times: Times, encoded: list[np.ndarray]) -> list[np.ndarray]:
             times, "decode", lambda: [decode_pil(one).permute(1, 2, 0).contiguous().numpy() for one in encoded]
         )
     batches = [encoded[k : k + BATCH] for k in range(0, len(encoded), BATCH)]
-    todo = iter([*batches[:1], *batches])  # one more: the first is not counted
+    feed = iter([*batches[:1], *batches])  # one more: the first is not counted
     graph = decoded_bytes(
-        todo, batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
+        feed, batch_size=BATCH, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
     )
     graph.run()
 

@@ -108,10 +108,10 @@ def jobs(work: Work, args: argparse.Namespace) -> list[Job]:
 
 def measure(work: Work, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A line for each job; those that cannot run, or make something else, are said and not timed."""
-    todo, window = jobs(work, args), Window(args.images, args.least)
-    statuses = {job.label: job.contender.missing or "ok" for job in todo}
+    chosen, window = jobs(work, args), Window(args.images, args.least)
+    statuses = {job.label: job.contender.missing or "ok" for job in chosen}
     with ExitStack() as stack:
-        servers = {job.label: Server(job.contender.name, job.work) for job in todo if statuses[job.label] == "ok"}
+        servers = {job.label: Server(job.contender.name, job.work) for job in chosen if statuses[job.label] == "ok"}
         for server in servers.values():
             stack.callback(server.close)
         for label, server in servers.items():
@@ -124,7 +124,7 @@ def measure(work: Work, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         progress(f"{work.policy.size} px, time: {', '.join(laps)}")
         rounds = interleave(laps, args.seconds, args.rounds, 50) if laps else {}
     rounds = {label: taken for label, taken in rounds.items() if statuses[label] == "ok"}
-    for job in todo:
+    for job in chosen:
         line = {
             "size": work.policy.size, "images": len(work.split), "batch": job.work.batch, "workers": job.work.workers,
             "hardware": job.work.hardware, "contender": job.label, "note": job.contender.note,
