@@ -198,7 +198,8 @@ def _chip(device: torch.device) -> Chip:
     if device.type != "cuda":
         return Chip(0, 8, 1 << 18)  # the interpreter: enough multiprocessors for columns to be shared
     found = torch.cuda.get_device_properties(device)
-    return Chip(10 * found.major + found.minor, found.multi_processor_count, found.shared_memory_per_block_optin)
+    shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in every torch's stubs
+    return Chip(10 * found.major + found.minor, found.multi_processor_count, shared)
 
 
 def _launches(x: Tensor, precision: str) -> tuple[Launch, Launch]:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from simclr_fast.models import projection_head
+from simclr_fast.models.batchnorm import BatchNorm1d
 
 
 def kinds(head: nn.Sequential) -> list[type[nn.Module]]:
@@ -13,15 +14,15 @@ def kinds(head: nn.Sequential) -> list[type[nn.Module]]:
 
 def test_nonlinear_layers():
     head = projection_head("nonlinear", 6, out_features=4, layers=3)
-    hidden = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
-    assert kinds(head) == [*hidden, *hidden, nn.Linear, nn.BatchNorm1d]
+    hidden = [nn.Linear, BatchNorm1d, nn.ReLU]
+    assert kinds(head) == [*hidden, *hidden, nn.Linear, BatchNorm1d]
     assert [tuple(m.weight.shape) for m in head if isinstance(m, nn.Linear)] == [(6, 6), (6, 6), (4, 6)]
     assert head(torch.randn(5, 6)).shape == (5, 4)
 
 
 def test_linear_is_the_last_layer_alone():
     head = projection_head("linear", 6, out_features=4)
-    assert kinds(head) == [nn.Linear, nn.BatchNorm1d]
+    assert kinds(head) == [nn.Linear, BatchNorm1d]
     assert head(torch.randn(5, 6)).shape == (5, 4)
 
 

@@ -9,14 +9,15 @@ from typing import Literal
 from torch import nn
 
 from simclr_fast.config import choose
+from simclr_fast.models.batchnorm import BatchNorm1d
 
 Kind = Literal["none", "linear", "nonlinear"]
 
 
-def _dense(c_in: int, c_out: int) -> tuple[nn.Linear, nn.BatchNorm1d]:
+def _dense(c_in: int, c_out: int) -> tuple[nn.Linear, BatchNorm1d]:
     linear = nn.Linear(c_in, c_out, bias=False)
     nn.init.normal_(linear.weight, std=0.01)
-    return linear, nn.BatchNorm1d(c_out)
+    return linear, BatchNorm1d(c_out)
 
 
 def projection_head(kind: Kind, in_features: int, *, out_features: int = 128, layers: int = 2) -> nn.Sequential:

@@ -11,11 +11,12 @@ Chen et al. 2020, arXiv:2002.05709; github.com/google-research/simclr.
 import math
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_fast.config import choose
+from simclr_fast.models.batchnorm import BatchNorm2d
+from simclr_fast.models.sk import Select, ShortcutPool, gate_channels
 
 # Kernel and stride of the first convolution, and whether a 3x3 max-pool of stride 2 follows.
 Stem = tuple[int, int, bool]
@@ -46,27 +47,48 @@ def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return conv
 
 
-class Block(nn.Module):
-    """relu(branch(x) + shortcut(x)); the branch is 3x3 and 3x3, or the bottleneck: 1x1, 3x3 and 1x1."""
+def _select(channels: int, ratio: float) -> nn.Module:
+    gate = gate_channels(channels, ratio)
+    return Select(_conv(channels, gate, 1), _conv(gate, 2 * channels, 1))
 
-    def __init__(self, c_in: int, channels: int, c_out: int, stride: int, project: bool, zero_scale: bool) -> None:
+
+class Block(nn.Module):
+    """relu(branch(x) + shortcut(x)); the branch is 3x3 and 3x3, or the bottleneck: 1x1, 3x3 and 1x1.
+
+    With `sk_ratio`, the bottleneck's 3x3 makes two streams, of which one is selected.
+    """
+
+    def __init__(
+        self, c_in: int, channels: int, c_out: int, stride: int, project: bool, zero_scale: bool, sk_ratio: float
+    ) -> None:
         super().__init__()
         self.bottleneck = c_out != channels
         kernel, strides = (1, (1, stride)) if self.bottleneck else (3, (stride, 1))
-        self.conv1, self.bn1 = _conv(c_in, channels, kernel, strides[0]), nn.BatchNorm2d(channels)
-        self.conv2, self.bn2 = _conv(channels, channels, 3, strides[1]), nn.BatchNorm2d(channels)
+        streams = 2 * channels if sk_ratio else channels
+        self.conv1, self.bn1 = _conv(c_in, channels, kernel, strides[0]), BatchNorm2d(channels)
+        self.conv2, self.bn2 = _conv(channels, streams, 3, strides[1]), BatchNorm2d(streams)
         if self.bottleneck:
-            self.conv3, self.bn3 = _conv(channels, c_out, 1), nn.BatchNorm2d(c_out)
-        shortcut = (_conv(c_in, c_out, 1, stride), nn.BatchNorm2d(c_out)) if project else ()
+            self.select = _select(channels, sk_ratio) if sk_ratio else nn.Identity()
+            self.conv3, self.bn3 = _conv(channels, c_out, 1), BatchNorm2d(c_out)
+        pool, stride = ([ShortcutPool(stride)], 1) if sk_ratio else ([], stride)
+        shortcut = (*pool, _conv(c_in, c_out, 1, stride), BatchNorm2d(c_out)) if project else ()
         self.downsample = nn.Sequential(*shortcut)
         if zero_scale:
             nn.init.zeros_((self.bn3 if self.bottleneck else self.bn2).weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(torch.relu_(self.bn1(self.conv1(x)))))
+        y = self.conv2(self.bn1(self.conv1(x), relu=True))
+        last = self.bn2
         if self.bottleneck:
-            y = self.bn3(self.conv3(torch.relu_(y)))
-        return torch.relu_(y.add_(self.downsample(x)))
+            y, last = self.conv3(self.select(self.bn2(y, relu=True))), self.bn3
+        return last(y, residual=self.downsample(x), relu=True)
+
+
+def _deep_stem(base: int) -> nn.Sequential:
+    """ResNet-D's three 3x3 convolutions in place of the 7x7."""
+    half = base // 2
+    first, second = (_conv(3, half, 3, 2), BatchNorm2d(half)), (_conv(half, half, 3), BatchNorm2d(half))
+    return nn.Sequential(*first, nn.ReLU(inplace=True), *second, nn.ReLU(inplace=True), _conv(half, base, 3))
 
 
 class SamePool(nn.Module):
@@ -79,10 +101,11 @@ class SamePool(nn.Module):
 class ResNet(nn.Module):
     """Images [B, 3, H, W] to features [B, num_features]; made by `resnet`."""
 
-    def __init__(self, arch: Arch, stem: Stem, base: int, official: bool) -> None:
+    def __init__(self, arch: Arch, stem: Stem, base: int, official: bool, sk_ratio: float) -> None:
         super().__init__()
         kernel, stride, pooled = stem
-        self.conv1, self.bn1 = _conv(3, base, kernel, stride), nn.BatchNorm2d(base)
+        self.conv1: nn.Module = _deep_stem(base) if sk_ratio and pooled else _conv(3, base, kernel, stride)
+        self.bn1 = BatchNorm2d(base)
         pool = SamePool() if official else nn.MaxPool2d(3, 2, padding=1)
         self.maxpool = pool if pooled else nn.Identity()
         self.groups = [f"layer{i + 1}" for i in range(len(arch.depths))]
@@ -91,14 +114,14 @@ class ResNet(nn.Module):
             channels, stride = base * 2**i, min(i + 1, 2)
             c_out = channels * 4 if arch.bottleneck else channels
             project = official or stride > 1 or c_in != c_out
-            first = Block(c_in, channels, c_out, stride, project, arch.zero_scale)
-            rest = [Block(c_out, channels, c_out, 1, False, arch.zero_scale) for _ in range(depth - 1)]
+            first = Block(c_in, channels, c_out, stride, project, arch.zero_scale, sk_ratio)
+            rest = [Block(c_out, channels, c_out, 1, False, arch.zero_scale, sk_ratio) for _ in range(depth - 1)]
             self.add_module(name, nn.Sequential(first, *rest))
             c_in = c_out
         self.num_features = c_in
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(torch.relu_(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         for name in self.groups:
             x = getattr(self, name)(x)
         return x.mean((2, 3))
@@ -110,6 +133,7 @@ def resnet(
     width: float = 1.0,
     stem: Literal["imagenet", "small"] = "imagenet",
     variant: Literal["torchvision", "official"] = "torchvision",
+    sk_ratio: float = 0.0,
 ) -> ResNet:
     """Build an encoder with new weights, drawn from torch's global generator.
 
@@ -119,15 +143,23 @@ def resnet(
         width: factor on every channel count, the stem's included: 64 becomes 64 * width, rounded.
         stem: "imagenet" is 7x7, stride 2, max-pool; "small" is 3x3, stride 1, for images of up to 32 pixels.
         variant: "official" is TensorFlow's: a projection in every group's first shortcut, a SAME max-pool.
+        sk_ratio: with "official" and bottlenecks, selective kernels whose gates have this share of the channels, and
+            ResNet-D's stem and shortcuts: 0.0625 in SimCLR v2; 0 is none.
     Returns:
         A module: images [B, 3, H, W] of the weights' dtype to features [B, num_features], means over the last
         map; num_features is 256 * width for resnet8, 512 * width for ResNet-18 and 34, else 2048 * width.
     Raises:
-        ValueError: an unknown arch, stem or variant; a width that is not finite or leaves no channel.
+        ValueError: an unknown arch, stem or variant; a width that is not finite or leaves no channel; an sk_ratio
+            outside of [0, 1], or for a network that has no selective kernels.
     """
     kind = ARCHS[choose("arch", arch, ARCHS)]
     common = STEMS[choose("stem", stem, STEMS)]
     choose("variant", variant, ("torchvision", "official"))
     if not (math.isfinite(width) and round(64 * width) >= 1):
         raise ValueError(f"width must be finite and leave at least 1 of 64 channels, got {width=}")
-    return ResNet(kind, kind.stem or common, round(64 * width), official=variant == "official")
+    if not 0 <= sk_ratio <= 1 or (sk_ratio and not (kind.bottleneck and variant == "official")):
+        raise ValueError(
+            f"sk_ratio must be in [0, 1], and 0 but for variant official of an arch with bottlenecks, got {sk_ratio=}, "
+            f"{arch=}, {variant=}"
+        )
+    return ResNet(kind, kind.stem or common, round(64 * width), variant == "official", sk_ratio)
