@@ -19,7 +19,7 @@ from simclr_fast.data import KNOWN
 def parse(module: str, argv: Sequence[str]) -> Config:
     """The settings: those of the preset or of --config, and the flags over them."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("method", "preset", "data", "config"):
+    for flag in ("method", "preset", "data", "config", "arch"):
         first.add_argument(f"--{flag}")
     given = first.parse_known_args(argv)[0]
     if given.config and given.preset:
@@ -29,10 +29,15 @@ def parse(module: str, argv: Sequence[str]) -> Config:
     data = given.data or saved.get("data", Config.data)
     preset = choose("preset", given.preset or Config.preset, ["auto", *method.PRESETS])
     start = ("shapes" if data == "shapes" else "none") if preset == "auto" else preset
-    default = method.Config.of(saved or method.PRESETS[start], given.config or f"preset {start}")
+    values = dict(saved or method.PRESETS[start])
+    if not saved and given.arch not in (None, values.get("arch")):
+        values.pop("width", None)  # a preset's is that of its own network
+    default = method.Config.of(values, given.config or f"preset {start}")
     cfg = tyro.cli(method.Config, prog=f"python -m {module}", default=default, args=list(argv))
-    is_path = cfg.data not in KNOWN and Path(cfg.data).exists()
-    return dataclasses.replace(cfg, data=str(Path(cfg.data).resolve())) if is_path else cfg
+    paths = {} if cfg.data in KNOWN else {"data": cfg.data}
+    paths |= {"init": cfg.init} if cfg.init else {}
+    found = {name: str(Path(path).resolve()) for name, path in paths.items() if Path(path).exists()}
+    return dataclasses.replace(cfg, **found)
 
 
 def saved_settings(path: Path) -> dict[str, Any]:

@@ -1,15 +1,16 @@
-"""Processes: how ranks are started, what they share, and BatchNorm over the global batch."""
+"""Processes: how ranks are started, and what they share."""
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import inspect
-import logging
 import os
-import signal
+import re
 import sys
-import uuid
-from collections.abc import Callable, Sequence
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -17,77 +18,55 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from simclr_fast.config import ConfigError
+from simclr_fast.launch import end_with_parent, launched
 
 T = TypeVar("T")
-
-
-def launched() -> bool:
-    """Whether a launcher (ours or torchrun) started this process as one rank of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def speaks_for_host() -> bool:
-    """Whether this process prints the errors of its host."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def world_size(gpus: int | None, ranks: int) -> int:
-    """Processes that the flags ask for, checked against the GPUs that are visible.
-
-    Raises:
-        ConfigError: more GPUs are asked for than are visible, or `ranks` is given where there are GPUs to use.
-    """
-    visible = torch.cuda.device_count()
-    if gpus is not None and gpus > visible:
-        raise ConfigError(f"gpus must be at most the number of visible GPUs, {visible}, got gpus={gpus}")
-    used = visible if gpus is None else gpus
-    if used and ranks > 1:
-        raise ConfigError(f"ranks counts CPU processes and needs gpus=0, got ranks={ranks}, gpus={used}")
-    return int(os.environ["WORLD_SIZE"]) if launched() else used or ranks
-
-
-def launch(module: str, argv: Sequence[str], ranks: int) -> int:
-    """Run `python -m module argv` as `ranks` processes on this host through torch's elastic launcher.
-
-    Returns:
-        The exit status: 0, or that of the first rank that failed.
-    """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    plan = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=uuid.uuid4().hex, max_restarts=0, start_method="spawn",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-    )  # fmt: skip
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks speak for themselves
-    try:
-        elastic_launch(plan, sys.executable)("-m", module, *argv)
-    except ChildFailedError as error:
-        return abs(error.get_first_failure()[1].exitcode) or 1
-    except (KeyboardInterrupt, SignalException):
-        return 130
-    return 0
+LOOK_S = (0.01, 1.0)  # between looks for what the main rank has to say: at first, and at most
+SAME_S = 2.0  # in which ranks come to the same error; less than a launcher leaves them after one has failed
+LOST = re.compile("gloo|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)  # of ranks that are away
 
 
 class Ranks:
     """This process among the others: `rank`, `world`, `per_host`, `device`, and `group` (None when alone)."""
 
-    def __init__(self, use_gpu: bool) -> None:
+    def __init__(self, use_gpu: bool, timeout: float = 600.0) -> None:
+        """
+        Args:
+            timeout: seconds that a rank waits for the others, before it ends with an error.
+        Raises:
+            ConfigError: there are more processes than GPUs.
+        """
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.per_host = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = max(1, cores // self.per_host)
+        if use_gpu and local >= (visible := torch.cuda.device_count()):
+            raise ConfigError(
+                f"processes on a host must be at most its visible GPUs, {visible}, got {self.per_host} (the launcher's "
+                "--nproc-per-node)"
+            )
         self.device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
         if use_gpu:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(self.threads)
         self.group: dist.ProcessGroup | None = None
+        self._store: dist.Store | None = None
+        self._patient = 0  # calls of `from_main` so far whose end is in the store
         if self.world > 1:
-            _end_with_parent()
-            dist.init_process_group("nccl" if use_gpu else "gloo", device_id=self.device if use_gpu else None)
+            end_with_parent()
+            patience = timedelta(seconds=timeout)
+            self._store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+            self._store.set_timeout(patience)
+            dist.init_process_group(
+                "nccl" if use_gpu else "gloo",
+                timeout=patience,
+                store=self._store,
+                rank=self.rank,
+                world_size=self.world,
+                device_id=self.device if use_gpu else None,
+            )
             self.group = dist.group.WORLD
 
     @property
@@ -95,8 +74,17 @@ class Ranks:
         """Whether this rank writes files and speaks."""
         return self.rank == 0
 
-    def from_main(self, compute: Callable[[], T]) -> T:
-        """What `compute` gives, or raises, on the main rank, on every rank."""
+    def say(self, text: str) -> None:
+        """Print a line on the main rank."""
+        if self.main:
+            print(text, flush=True)
+
+    def from_main(self, compute: Callable[[], T], *, patient: bool = False) -> T:
+        """What `compute` gives, or raises, on the main rank, on every rank.
+
+        Args:
+            patient: the others wait as long as it takes, and not the group's `timeout`.
+        """
         if self.group is None:
             return compute()
         outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
@@ -105,11 +93,43 @@ class Ranks:
                 outcome = [(compute(), None)]
             except Exception as error:
                 outcome = [(None, error)]
+        if patient:
+            self._patient += 1
+            self._meet(f"simclr_fast/computed/{self._patient}")
         dist.broadcast_object_list(outcome, src=0, device=self.device)
         value, failure = outcome[0]
         if failure is not None:
             raise failure
         return cast(T, value)
+
+    def _meet(self, key: str) -> None:
+        """Wait until the main rank is here too."""
+        assert self._store is not None
+        if self.main:
+            self._store.set(key, "")
+            return
+        pause, longest = LOOK_S
+        while not self._store.check([key]):  # not its `wait`, which has a limit and keeps other threads off the store
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+
+    def ends_alike(self, text: str) -> bool:
+        """Whether the main rank ends with this error too, as it does after one of the user's settings; for each rank
+        that ends with one, the main one among them."""
+        if self._store is None:
+            return True
+        key, end = "simclr_fast/error", time.monotonic() + SAME_S
+        try:
+            if self.main:
+                self._store.set(key, text)
+                return True
+            while not self._store.check([key]):
+                if time.monotonic() > end:
+                    return False
+                time.sleep(LOOK_S[0])
+            return self._store.get(key).decode() == text
+        except RuntimeError:  # it was in the main rank's process, which has ended
+            return self.main
 
     def agree(self, value: str, complaint: str) -> None:
         """
@@ -126,8 +146,30 @@ class Ranks:
             raise ConfigError(f"{complaint}, got {values[0]} on rank 0 and {values[first]} on rank {first}")
 
     def close(self) -> None:
+        """Leave the group, and wait for its threads, as far as nothing else holds it.
+
+        A thread of Gloo that lets go of a tensor while Python is being torn down ends the process with SIGABRT.
+        """
         if self.group is not None:
+            self.group = None
+            error = sys.exception()  # under way, or about to be told by Python: its frames hold the group
+            while error is not None:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__cause__ or error.__context__
+            gc.collect()
             dist.destroy_process_group()
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The numbers of all ranks, in their order."""
+        if self.group is None:
+            return [values]
+        every: list[list[float]] = [[]] * self.world
+        dist.all_gather_object(every, values)
+        return every
+
+    def most(self, value: int) -> int:
+        """The largest of all ranks' numbers."""
+        return int(max(row[0] for row in self.gather([value])))
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean of a tensor over the ranks."""
@@ -145,86 +187,24 @@ class Ranks:
             return rows
         padded = rows.new_zeros(share, *rows.shape[1:])
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded, group=self.group)
-        return torch.cat(parts)[:count]
+        whole = padded.new_empty(self.world * share, *rows.shape[1:])
+        dist.all_gather(list(whole.split(share)), padded, group=self.group)
+        return whole[:count]
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when its launcher is killed, so that no rank trains on alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def unreachable(error: RuntimeError) -> str:
+    """The sentence for an error that says that other ranks are away; "" for any other error."""
+    if not (launched() and (isinstance(error, dist.DistError) or LOST.search(str(error)))):
+        return ""
+    said = re.sub(r"^\[[^]]*\] ?", "", str(error).splitlines()[0]).split(". ")[0]
+    return f"rank {os.environ.get('RANK', '0')}: the other ranks cannot be reached ({said})"
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
-    """DistributedDataParallel that sends no buffers: BatchNorm's statistics are equal on all ranks already."""
+    """DistributedDataParallel that sends no buffers: BatchNorm's statistics are equal on all ranks already.
+
+    Gradients are averaged in buckets while the backward pass still runs.
+    """
     parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"  # before torch 2.13
-    return nn.parallel.DistributedDataParallel(module, **{name: False})  # type: ignore[arg-type]
-
-
-def global_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm take its statistics over all ranks, as the original does; torch has this for GPUs only."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        module.__class__ = _GLOBAL.get(type(module), type(module))
-    return model
-
-
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose training statistics are those of the global batch (equal counts on all ranks)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        axes = [0, *range(2, x.ndim)]
-        var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), axes, correction=0)
-        # float64: the square of the mean is added here and taken away again below.
-        mean, var = mean.double(), var.double()
-        moments = _SumOverRanks.apply(torch.stack([mean, var + mean**2])) / dist.get_world_size()
-        mean, square = moments.unbind()
-        var = square - mean**2
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        self._update(mean.detach(), var.detach() * (count / (count - 1)))
-        shape = (1, -1, *(1 for _ in axes[1:]))
-        scale = self.weight / torch.sqrt(var + self.eps).to(self.weight.dtype)
-        shift = -mean.to(scale.dtype) * scale + (0 if self.bias is None else self.bias)
-        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
-
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked += 1
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
-
-
-class _GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
-    pass
-
-
-class _GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
-    pass
-
-
-_GLOBAL: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: _GlobalBatchNorm1d,
-    nn.BatchNorm2d: _GlobalBatchNorm2d,
-}
+    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **{name: False})  # type: ignore[arg-type]

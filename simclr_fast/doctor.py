@@ -1,6 +1,7 @@
 """What is installed, what is fast, what falls back and why: `python -m simclr_fast.doctor`.
 
 Every kernel is run and compared with its reference. The exit status is 1 if something that should work does not.
+With --ranks R (or --gpus G) it is also shown that R processes learn what one does: minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
+from simclr_fast.config import ConfigError
 from simclr_fast.environment import cpu_has_bf16, versions
+from simclr_fast.launch import launch, world_size
 
 OK, SLOWER, BROKEN = "ok", "slower", "BROKEN"
 
@@ -115,6 +118,26 @@ def nt_xent(backend: str) -> Finding:
     return _judged(max(off, slope), bound, f"{where}, relative error {off:.1e}, of the gradient {slope:.1e}")
 
 
+def batch_norm() -> Finding:
+    """The fused BatchNorm of GPUs, with an addition and a ReLU, against PyTorch in float64."""
+    import torch.nn.functional as F
+
+    from simclr_fast.models import fused_norm
+
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(6, 16, 5, 5, generator=generator) + 3 for _ in range(2))
+    weight, bias = (torch.randn(16, generator=generator) for _ in range(2))
+    target = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = [t.to(target).contiguous(memory_format=torch.channels_last) for t in (x, residual)]
+    if not fused_norm.supports(moved[0]):
+        return Finding(SLOWER, "Triton is not installed; BatchNorm is PyTorch's")
+    y = fused_norm.batch_norm(moved[0], weight.to(target), bias.to(target), 1e-5, residual=moved[1], relu=True)[0]
+    exact = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), True, 0.0, 1e-5)
+    truth = torch.relu(exact + residual)
+    error = float((y.cpu() - truth).norm() / truth.norm())
+    return _judged(error, 2e-6, f"{'GPU' if target == 'cuda' else 'interpreter'}, relative error {error:.1e}")
+
+
 def views(backend: str) -> Finding:
     """Views of uint8 images by a backend of `augment`, against float64."""
     import numpy as np
@@ -186,6 +209,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "LARS": lars_step,
     "NT-Xent, native": lambda: nt_xent("native"),
     "NT-Xent, Triton": lambda: nt_xent("triton"),
+    "BatchNorm, Triton": batch_norm,
     "views, native": lambda: views("native"),
     "views, Triton": lambda: views("triton"),
     "input": input_pipeline,
@@ -201,7 +225,15 @@ def _judged(error: float, bound: float, text: str) -> Finding:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every check and print what it saw; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m simclr_fast.doctor", description=__doc__)
-    parser.parse_args(argv)
+    parser.add_argument("--ranks", type=int, default=1, help="processes on the CPU that have to learn what one does")
+    parser.add_argument("--gpus", type=int, default=0, help="the same on so many GPUs, one process each")
+    args = parser.parse_args(argv)
+    if args.gpus < 0 or args.ranks < 1:
+        parser.error(f"gpus must be 0 or more and ranks at least 1, got gpus={args.gpus}, ranks={args.ranks}")
+    try:
+        world = world_size(args.gpus, args.ranks)
+    except ConfigError as error:
+        parser.error(str(error))
     print(" · ".join(f"{name} {version}" for name, version in versions().items()), end="\n\n")
     broken = 0
     for name, check in CHECKS.items():
@@ -211,8 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             finding = Finding(BROKEN, f"{type(error).__name__}: {error}")
         broken += finding.state == BROKEN
-        print(f"{finding.state:<7} {name:<16} {finding.text}  ({time.monotonic() - began:.1f} s)", flush=True)
-    print(f"\n{broken} of {len(CHECKS)} checks failed" if broken else "\nall that should work here works")
+        print(f"{finding.state:<7} {name:<17} {finding.text}  ({time.monotonic() - began:.1f} s)", flush=True)
+    if world > 1:
+        print(f"\n{world} processes against one, the trainer's own step:", flush=True)
+        broken += bool(launch("simclr_fast.training.equality", ["--gpus", str(args.gpus)], world))
+    print(f"\n{broken} checks failed" if broken else "\nall that should work here works")
     return 1 if broken else 0
 
 

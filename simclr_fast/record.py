@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
+import socket
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import IO, Any
+from secrets import token_hex
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.live import Live
@@ -16,6 +22,20 @@ from rich.text import Text
 
 METRICS = "metrics.jsonl"
 PLAIN_INTERVAL_S = 10.0  # between lines where the output is no terminal
+LOOK_S = 0.2  # who asks whether a run's folder is held, holds it for much less
+
+_held: set[TextIO] = set()  # the locks of the folders that this process has claimed
+
+
+def _let_go() -> None:
+    """In a process that was forked off: it would hold the folder on after this one."""
+    for lock in _held:
+        lock.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class RunError(ValueError):
@@ -23,22 +43,44 @@ class RunError(ValueError):
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    """Write a file whole or not at all. Raises OSError; what was there before is then as it was."""
+    new = path.with_name(f".{path.name}.{token_hex(4)}")  # another process may write the same file
+    try:
+        with open(new, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+
+
+def try_folder(folder: Path) -> None:
+    """Whether a folder can be made and written; nothing is left there. Raises OSError."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    with tempfile.TemporaryFile(dir=there, buffering=0) as file:
+        file.write(b"0")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run, oldest first; a last line that was cut short is left out."""
-    path = folder / METRICS
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    return [record for record, _ in _read(folder / METRICS)]
+
+
+def _read(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Records, each with the byte where its line ends, up to the first line that is not whole."""
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not line.endswith(b"\n"):
+            return
+        end += len(line)
+        yield record, end
 
 
 @contextmanager
@@ -56,45 +98,131 @@ def claimed(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"out must be a folder that can be written, got out={folder}: {error.strerror}") from error
     with lock:
+        for wait in (LOOK_S, None):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if wait is None:
+                    said = f"another process is writing to {folder}; wait for it, or choose another --out"
+                    raise RunError(said) from error
+                time.sleep(wait)
+                continue
+            except OSError:  # a file system without locks
+                pass
+            break
+        _held.add(lock)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunError(f"another process is writing to {folder}; wait for it, or choose another --out") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
+            yield
+        finally:
+            _held.discard(lock)
 
 
 class Recorder:
-    """Metrics of a run: kept, and appended to metrics.jsonl and TensorBoard."""
+    """Metrics of a run: kept, and appended to metrics.jsonl and TensorBoard.
+
+    A disk that is full or away does not end the run: what cannot be written is said once, kept, and written when that
+    is possible again.
+    """
 
     def __init__(self, folder: Path | None, step: int) -> None:
-        """Open the records of `folder`, cut back to those up to `step`, where the run takes up; None writes nothing."""
+        """Go on with the records of `folder` up to `step`; those after it are cut off. None writes nothing."""
         self.records: list[dict[str, Any]] = []
-        self._file: IO[str] | None = None
+        self._files: list[_Appended] = []
+        self._failing = False
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.records = [entry for entry in read_metrics(folder) if entry["step"] <= step]
-        write_text(folder / METRICS, "".join(json.dumps(entry) + "\n" for entry in self.records))
-        self._file = open(folder / METRICS, "a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        end = 0
+        for record, after in _read(folder / METRICS):
+            if record["step"] > step:
+                break
+            self.records.append(record)
+            end = after
+        self._lines = _Appended(folder / METRICS, end)
+        self._events = _Appended(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}")
+        self._files = [self._lines, self._events]
+        self._events.add(_first_events(step + 1))
+        self._put()
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add one record; it has at least `step`."""
+        """Add one record; it has at least `step`. A number that is not finite is null in the file."""
         self.records.append(entry)
-        if self._file is None:
+        if not self._files:
             return
-        self._file.write(json.dumps(entry) + "\n")
-        for name, value in entry.items():
-            if isinstance(value, float):
-                self._board.add_scalar(name, value, entry["step"])
+        numbers = {name: value for name, value in entry.items() if isinstance(value, float)}
+        unknown = {name: None for name, value in numbers.items() if not math.isfinite(value)}
+        self._lines.add(json.dumps(entry | unknown).encode() + b"\n")
+        self._events.add(_scalars(entry["step"], {name: v for name, v in numbers.items() if name not in unknown}))
+        self._put()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
+        """Try once more to write what could not be written, and say what is lost."""
+        self._put()
+        for file in self._files:
+            if file.waiting:
+                _complain(f"{file.path} lacks its last {len(file.waiting)} records, which could not be written")
+
+    def _put(self) -> None:
+        failures = [f"{file.path}: {error.strerror}" for file in self._files if (error := file.put())]
+        if failures and not self._failing:
+            _complain(f"cannot write {failures[0]}; the run goes on, and metrics are kept and written later")
+        if self._failing and not failures:
+            _complain(f"metrics are written again, and {self._lines.path} is complete")
+        self._failing = bool(failures)
+
+
+class _Appended:
+    """A file that grows by whole pieces, in order."""
+
+    def __init__(self, path: Path, size: int = 0) -> None:
+        """Go on after the first `size` bytes; what follows them is cut off."""
+        self.path, self.size = path, size
+        self.waiting: list[bytes] = []
+
+    def add(self, piece: bytes) -> None:
+        self.waiting.append(piece)
+
+    def put(self) -> OSError | None:
+        """Write all that waits, or say why it still waits."""
+        pieces = b"".join(self.waiting)
+        try:
+            with open(self.path, "ab") as file:  # opened anew: a network disk that was away leaves dead handles
+                self.size = min(self.size, file.tell())  # it may have been removed
+                file.truncate(self.size)  # half a piece that a failed write has left
+                file.write(pieces)
+        except OSError as error:
+            return error
+        self.size += len(pieces)
+        self.waiting.clear()
+        return None
+
+
+def _first_events(step: int) -> bytes:
+    """The head of a file of TensorBoard events; what earlier files have from `step` on is void."""
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+
+    start = SessionLog(status=SessionLog.START)
+    return _event(file_version="brain.Event:2") + _event(step=step, session_log=start)
+
+
+def _scalars(step: int, values: dict[str, float]) -> bytes:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return _event(step=step, summary=Summary(value=[Summary.Value(tag=n, simple_value=v) for n, v in values.items()]))
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):  # the log may lie on the same disk
+        print(text, file=sys.stderr, flush=True)
+
+
+def _event(**fields: Any) -> bytes:
+    """One TensorBoard event of now, framed. TensorBoard's own writer ends with the first write that fails."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(Event(wall_time=time.time(), **fields).SerializeToString())
+    return buffer.getvalue()
 
 
 class Progress:
@@ -126,8 +254,11 @@ class Progress:
             self.say(line)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(text)
+        """A line that stays; nothing for an empty text."""
+        if not text:
+            return
+        with suppress(OSError):  # output may go to a file on a disk that is full
+            self._console.print(text)
 
 
 def _clock(seconds: float) -> str:

@@ -5,58 +5,144 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from simclr_fast import checkpoint
 from simclr_fast.cli import saved_settings
 from simclr_fast.record import METRICS, RunError, read_metrics, write_text
+from simclr_fast.training.interrupt import remove_marker
+
+AFRESH = "To start it afresh, give --resume never."
+JOB = ".job"
+"""File in a run's folder: the name of the job that began it or went on with it last, then its launchers' numbers."""
 
 
-def results(folder: Path) -> str:
-    """The results of a finished run, as the user reads them."""
-    last = read_metrics(folder)[-1]
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the processes are started for: its name, "" if it has none, and the numbers of its launchers.
+
+    Launchers come and go with their hosts, so two starts are of one job if they have any of them in common.
+    """
+
+    name: str = ""
+    launchers: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, folder: Path) -> Job:
+        """The one that had the run in this folder last."""
+        if not (folder / JOB).exists():
+            return cls()
+        name, *launchers = (folder / JOB).read_text(encoding="utf-8").splitlines() or [""]
+        return cls(name, frozenset(launchers))
+
+    def write(self, folder: Path) -> None:
+        """Say in a run's folder that this one has it."""
+        write_text(folder / JOB, "\n".join([self.name, *sorted(self.launchers)]) + "\n")
+
+
+def results(folder: Path, last: dict[str, Any]) -> str:
+    """The results of a finished run, as the user reads them; `last` is its last record."""
     figures = " · ".join(f"{name} {value:.1%}" for name, value in last["knn"].items())
     shown = f"kNN accuracy: {figures}\n" if figures else ""
     return f"{shown}checkpoint {folder}/checkpoints/{checkpoint.LAST}\nreport {folder}/report.html"
 
 
-def take_up(cfg: Any, folder: Path, images: int) -> tuple[dict[str, Any] | None, list[str], bool]:
-    """What the run folder says: (state to go on from or None, lines to show, whether the run is finished).
+def begun(cfg: Any, folder: Path) -> bool:
+    """Whether the folder holds a run with these settings.
 
     Raises:
-        RunError: the folder holds a run with other settings or other data.
-        CheckpointError: it has checkpoints, and none can be read.
+        RunError: it holds one with others.
     """
-    path, checkpoints = folder / "config.json", folder / "checkpoints"
-    if cfg.resume == "never":
-        if checkpoints.exists():
-            shutil.rmtree(checkpoints)
-        for events in folder.glob("events.out.tfevents.*"):
-            events.unlink()
-        for name in (METRICS, "report.html", "config.json"):  # the last one says whose the rest is
-            (folder / name).unlink(missing_ok=True)
+    path = folder / "config.json"
     if not path.exists():
-        if checkpoints.exists():
+        if (folder / "checkpoints").exists():
             raise RunError(f"{folder} holds checkpoints and no config.json. Choose another --out, or --resume never")
-        write_text(path, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        return None, [], False
+        return False
     differing = cfg.differences(saved_settings(path))
     if differing:
         raise RunError(
             f"{folder} holds a run with other settings ({'; '.join(differing)}). Choose another --out, or delete "
             "that run with --resume never"
         )
+    return True
+
+
+def suits(cfg: Any, folder: Path, state: dict[str, Any] | None, data: str, changes: Callable[[], str]) -> list[str]:
+    """What there is to say of going on from a checkpoint's state with these images; `data` and `changes` as `take_up`.
+
+    Raises:
+        RunError: that cannot be done, or is not what the user asked for.
+    """
+    if state and "bn_images" not in state:
+        raise RunError(
+            f"{folder} holds a run of an earlier version, which cannot be gone on with. Its weights can start another: "
+            f"--init {folder} --out OTHER"
+        )
+    if not state or state["data"] == data:
+        return []
+    named = changes()
+    changed = f"{folder} holds a run on {state['data']}, and {cfg.data} now has {data}{': ' * bool(named)}{named}"
+    if not cfg.accept_changed_data:
+        raise RunError(
+            f"{changed}. Put back what was there, or go on with --accept-changed-data, or choose another --out, or "
+            "delete that run with --resume never"
+        )
+    return [f"{changed}; the steps to come take their images from these"]
+
+
+def take_up(
+    cfg: Any, folder: Path, data: str, changes: Callable[[], str], job: Job
+) -> tuple[dict[str, Any] | None, list[str], bool]:
+    """What the run folder says: (state to go on from or None, lines to show, whether the run is finished).
+
+    Args:
+        data: what the images are now, their fingerprint.
+        changes: how they differ from those that the folder lists; "" if that is not known.
+        job: that this start is of: what it has begun afresh it goes on with, whatever `resume` says.
+    Raises:
+        RunError: the folder holds a run with other settings or other data, or one that is to be deleted and may be that
+            of this job.
+        CheckpointError: it has checkpoints, and none can be read.
+    """
+    path, checkpoints = folder / "config.json", folder / "checkpoints"
+    remove_marker(folder)
+    before = Job.of(folder)
+    again = bool(job.launchers & before.launchers)
+    if again:
+        job = Job(job.name, job.launchers | before.launchers)
+    if cfg.resume == "never" and not again:
+        if job.name and job.name == before.name and (path.exists() or checkpoints.exists()):
+            raise RunError(
+                f"--resume never would delete the run in {folder}, and it may be this job's own: its torchrun had the "
+                f"same --rdzv-id, {job.name}. Delete that folder, or give another --rdzv-id, or another --out"
+            )
+        _delete(folder)
+    if not begun(cfg, folder):
+        job.write(folder)  # before the run is one that can be gone on with
+        write_text(path, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+        return None, [], False
     records = read_metrics(folder)
     state, complaints = checkpoint.load(checkpoints)
     if records and records[-1].get("finished"):
-        afresh = "This run is finished. To start it afresh, give --resume never."
-        return None, [*complaints, results(folder), afresh], True
-    if state and state["images"] != images:
-        raise RunError(
-            f"{folder} holds a run on {state['images']} images, and {cfg.data} now has {images}. Put "
-            "back what is missing, or choose another --out, or delete that run with --resume never"
-        )
+        afresh = [] if again else [f"This run is finished. {AFRESH}"]
+        return None, [*complaints, results(folder, records[-1]), *afresh], True
+    complaints += suits(cfg, folder, state, data, changes)
+    if job != before:
+        job.write(folder)
     if state:
-        complaints.append(f"Going on after epoch {state['epoch']} of {cfg.epochs}, from {folder}")
+        epoch = min(state["step"] * cfg.batch / state["images"], cfg.epochs)
+        complaints.append(f"Going on after epoch {epoch:.3g} of {cfg.epochs}, step {state['step']:,}, from {folder}")
     return state, complaints, False
+
+
+def _delete(folder: Path) -> None:
+    """Delete the run in this folder."""
+    for past in (folder / "checkpoints", folder / "evaluations"):
+        if past.exists():
+            shutil.rmtree(past)
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+    for name in (METRICS, "report.html", "config.json"):  # the last one says whose the rest is
+        (folder / name).unlink(missing_ok=True)

@@ -5,235 +5,61 @@ JPEGs -> two augmented views -> encoder -> projection head -> NT-Xent over all r
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import os
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from simclr_fast import checkpoint, methods, report
+from simclr_fast import checkpoint
 from simclr_fast.cli import parse
+from simclr_fast.command import tell, told
 from simclr_fast.config import ConfigError
 from simclr_fast.data import (
+    LISTED,
     DataError,
     Dataset,
-    Policy,
-    Settings,
-    choose,
+    changes,
     engine_name,
     fingerprint,
     open_dataset,
-    train_views,
+    write_images,
     write_skipped,
 )
-from simclr_fast.data.engines.tune import Waits, memory_in_use, prepared
-from simclr_fast.distributed import (
-    Ranks,
-    data_parallel,
-    global_batchnorm,
-    launch,
-    launched,
-    speaks_for_host,
-    world_size,
-)
-from simclr_fast.environment import cpu_has_bf16, device_name, slower_for, versions
-from simclr_fast.optim import LARS, Schedule, describe_lr, lars_param_groups, scaled_lr, total_steps, warmup_steps
-from simclr_fast.probe import Probe
-from simclr_fast.record import Progress, Recorder, RunError, claimed
-from simclr_fast.resume import results, take_up
+from simclr_fast.data.engines.resident import free_memory
+from simclr_fast.distributed import Ranks, unreachable
+from simclr_fast.environment import device_name, slower_for
+from simclr_fast.evaluation.page import evaluations
+from simclr_fast.evaluation.results import read_all
+from simclr_fast.launch import DIVERGED, USER_ERROR, job, launch, launched, speaks_for_host, world_size
+from simclr_fast.models.weights import check_init
+from simclr_fast.optim import describe_lr
+from simclr_fast.record import Progress, Recorder, RunError, claimed, read_metrics
+from simclr_fast.resume import AFRESH, Job, begun, results, suits, take_up
+from simclr_fast.run import Run
+from simclr_fast.training.chunks import bn_images
+from simclr_fast.training.dry_run import hosts_of, plan
+from simclr_fast.training.interrupt import EXIT_REQUEUE, MARKER, write_marker
+from simclr_fast.training.step import even
+from simclr_fast.training.watch import Diverged
 
 MODULE = "simclr_fast.train"
-PAPER_WARMUP_EPOCHS = 10.0
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Run:
-    """One training run, as one rank sees it: what it is made of, and where it stands."""
+class Stopped(KeyboardInterrupt):
+    """TERM or USR1, whose number it holds, came while no step was made."""
 
-    def __init__(self, cfg: Any, ranks: Ranks, dataset: Dataset, state: dict[str, Any] | None) -> None:
-        self.cfg, self.ranks, self.dataset = cfg, ranks, dataset
-        self.folder, self.images = cfg.folder(), len(dataset.train)
-        self.policy = Policy(
-            cfg.image_size, dialect=cfg.dialect, min_area=cfg.min_area, jitter_strength=cfg.jitter, blur_p=cfg.blur
-        )
-        self.input, self.input_engine, self.input_note = self._input()
-        self.engine: dict[str, Any] = {"settings": self.input, "device": ranks.device, "engine": cfg.loader}
-        fast_bf16 = ranks.device.type == "cuda" or cpu_has_bf16()
-        self.precision = ("bf16" if fast_bf16 else "fp32") if cfg.precision == "auto" else cfg.precision
-        self.autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-        on_gpu = ranks.device.type == "cuda" and self.precision == "bf16"
-        self._views = torch.bfloat16 if on_gpu else torch.float32  # what the first convolution takes
-        self.probe = Probe(dataset, self.policy, ranks.sharded, self.autocast, self.engine)
 
-        self.total = total_steps(self.images, cfg.epochs, cfg.batch)
-        warmup_epochs = min(PAPER_WARMUP_EPOCHS, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
-        peak = scaled_lr(cfg.base_lr, cfg.batch, cfg.lr_scaling)
-        self.schedule = Schedule(peak, warmup_steps(self.images, warmup_epochs, cfg.batch), self.total)
-
-        torch.manual_seed(cfg.seed)
-        self.method = methods.load(cfg.method).Method(cfg)
-        self.method.to(ranks.device, memory_format=torch.channels_last)
-        groups = lars_param_groups(self.method, cfg.weight_decay)
-        self.optimizer = LARS(groups, lr=peak, trust_coefficient=cfg.trust_coefficient)
-        self.step, self.best, self.advice = 0, -math.inf, ""
-        if state:
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.best, self.untrained = state["step"], state["best"], state["untrained"]
-        else:
-            self.untrained = self.probe.untrained(self.method.encoder)
-        self.model: nn.Module = self.method
-        if ranks.group is not None:
-            self.method.group = ranks.group
-            global_batchnorm(self.method, ranks.device)
-            self.model = data_parallel(self.method)
-
-    def _input(self) -> tuple[Settings, str, str]:
-        """How images are prepared, which changes none of them; the engine; and a sentence that says both."""
-        cfg, ranks, split = self.cfg, self.ranks, self.dataset.train
-        try:
-            engine, note = choose(cfg.loader, split, ranks.device, ranks.per_host)
-        except ValueError as error:
-            raise ConfigError(f"loader: {error}") from error
-        settings = Settings(ranks.threads, memory_mib=cfg.input_memory, ranks=ranks.per_host)
-        if cfg.workers is not None:
-            settings = dataclasses.replace(settings, workers=cfg.workers)
-        elif ranks.main or not cfg.tune_input:
-            data = split, self.policy, cfg.batch // ranks.world, ranks.device, cfg.loader
-            settings = prepared(settings, *data, measure=cfg.tune_input)
-        if cfg.tune_input:
-            workers, hardware = ranks.from_main(lambda: (settings.workers, settings.hardware))
-            settings = dataclasses.replace(settings, workers=workers, hardware=hardware)
-        kind = "processes" if engine == "torchvision" else "threads"
-        return settings, engine, f"{note}; {settings.workers} {kind} a rank"
-
-    @property
-    def chance_loss(self) -> float:
-        """ln(2N - 1): the loss of embeddings that tell no image from another."""
-        return math.log(2 * self.cfg.batch - 1)
-
-    def fit(self, recorder: Recorder, progress: Progress) -> None:
-        """Train from where the run stands to its end, with a checkpoint after every epoch.
-
-        The images are a stream that runs on over epoch borders: an epoch ends with the batch that completes it.
-        """
-        cfg = self.cfg
-        ends = {-(-epoch * self.images // cfg.batch): epoch for epoch in range(1, cfg.epochs)}
-        ends[self.total] = cfg.epochs
-        evaluated = {round(cfg.epochs * k / cfg.evaluations) for k in range(1, cfg.evaluations + 1)}
-        log_every = max(1, min(50, self.images // cfg.batch // 4))
-        views = iter(
-            train_views(
-                self.dataset.train, self.policy, batch=cfg.batch, seed=cfg.seed, start_step=self.step,
-                steps=self.total - self.step, rank=self.ranks.rank, world=self.ranks.world, dtype=self._views,
-                **self.engine,
-            )
-        )  # fmt: skip
-        recent: list[Tensor] = []
-        epoch_losses: list[float] = []
-        began, waited, waits, told = time.monotonic(), 0.0, Waits(self.input), False
-        while self.step < self.total:
-            asked = time.monotonic()
-            view1, view2, _ = next(views)
-            waited += time.monotonic() - asked
-            recent.append(self._train_step(torch.cat([view1, view2])))
-            epoch = ends.get(self.step)
-            if not epoch and self.step % log_every:
-                continue
-            entry = self._entry(recent, time.monotonic() - began, waited)
-            waits.add(waited)
-            epoch_losses.append(entry["loss"])
-            score = -sum(epoch_losses) / len(epoch_losses)
-            if epoch and self.probe.labelled:
-                score = -math.inf
-                if epoch in evaluated:
-                    score = entry["knn_top1"] = self.probe.accuracy(self.method.encoder)
-            recorder.write(entry)
-            progress.show(self.step, self._line(entry), always=epoch is not None)
-            if self.ranks.device.type == "cuda" and not told:
-                progress.say(memory_in_use(self.ranks.device))
-                told = True
-            if epoch:
-                self._save(epoch, score)
-                epoch_losses = []
-            recent, began, waited = [], time.monotonic(), 0.0
-            waits.start()
-        self.advice = waits.advice(self.input_engine, self.ranks.device)
-        if self.advice:
-            progress.say(self.advice)
-
-    def _train_step(self, views: Tensor) -> Tensor:
-        """One step on this rank's views; [loss, contrastive top-1] of its rows, still on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(self.step)
-        with self.autocast:
-            loss, stats = self.model(views)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.step += 1
-        return torch.stack([stats["loss"], stats["contrastive_top1"]])
-
-    def _entry(self, recent: list[Tensor], seconds: float, waited: float) -> dict[str, Any]:
-        """The record of the last few steps."""
-        loss, top1 = self.ranks.mean(torch.stack(recent).mean(0)).tolist()
-        lr = self.schedule(self.step - 1)
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss became {loss} by step {self.step}, at lr {lr:.4g}. Lower --base-lr or raise --temperature; "
-                f"{self.folder} keeps the checkpoints of the epochs before, if there were any"
-            )
-        return {
-            "step": self.step,
-            "epoch": round(min(self.step * self.cfg.batch / self.images, self.cfg.epochs), 3),
-            "loss": loss,
-            "contrastive_top1": top1,
-            "lr": lr,
-            "images_per_s": len(recent) * self.cfg.batch / seconds,
-            "data_wait": waited / seconds,
-        }
-
-    def _line(self, entry: dict[str, Any]) -> str:
-        line = (
-            f"epoch {entry['epoch']:.1f}/{self.cfg.epochs} · loss {entry['loss']:.3f} (ln(2N-1) {self.chance_loss:.2f})"
-            f" · top-1 {entry['contrastive_top1']:.1%} · lr {entry['lr']:.3g} · {entry['images_per_s']:,.0f} images/s"
-            f" · waiting for data {entry['data_wait']:.0%}"
-        )
-        return line + (f" · kNN {entry['knn_top1']:.1%}" if "knn_top1" in entry else "")
-
-    def _save(self, epoch: int, score: float) -> None:
-        better, self.best = score > self.best, max(score, self.best)
-
-        def save() -> None:
-            state = {
-                "step": self.step, "epoch": epoch, "images": self.images, "config": dataclasses.asdict(self.cfg),
-                "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "best": self.best, "untrained": self.untrained,
-            }  # fmt: skip
-            checkpoint.save(self.folder / "checkpoints", state, best=better)
-
-        self.ranks.from_main(save)
-
-    def finish(self, recorder: Recorder) -> None:
-        """Write the report and the last record, which says that the run is finished."""
-        pictures = self.probe.pictures(self.method.encoder, self.cfg.seed)
-        if not self.ranks.main:
-            return
-        last = recorder.records[-1]
-        accuracies = self.untrained | ({"trained encoder": last["knn_top1"]} if "knn_top1" in last else {})
-        page = report.Run(
-            title=self.folder.name, settings=self.cfg.settings(), versions=versions(), metrics=recorder.records,
-            chance_loss=self.chance_loss, knn=accuracies, knn_note=self.probe.note,
-            notes=[note for note in (*slower_for(self.cfg.loader), self.advice) if note], **pictures,
-        )  # fmt: skip
-        report.write_report(self.folder / "report.html", page)
-        recorder.write(last | {"knn": accuracies, "finished": True})
+def _raise_stopped(signum: int, _: object) -> None:
+    for name in STOPPING:  # the first one counts, and what is done about it is not broken off
+        signal.signal(name, lambda *_: None)
+    raise Stopped(signum)
 
 
 def prepare(cfg: Any, world: int, threads: int) -> Dataset:
@@ -242,54 +68,129 @@ def prepare(cfg: Any, world: int, threads: int) -> Dataset:
         raise ConfigError(
             f"batch must be divisible by the number of processes, got batch={cfg.batch}, processes={world}"
         )
+    if cfg.accumulate != "auto" and not (cfg.folder() / "config.json").exists():  # a run's own blocks may be others
+        even(cfg.batch, world, int(cfg.accumulate), bn_images(cfg, world, int(cfg.accumulate)))
+    if cfg.init and (cfg.resume == "never" or not (cfg.folder() / "config.json").exists()):
+        check_init(cfg.init, cfg.arch)
     try:
         engine_name(cfg.loader)
     except ValueError as error:
         raise ConfigError(f"loader: {error}") from error
     dataset = open_dataset(cfg.data, workers=threads, download=cfg.download, tolerate=cfg.tolerate_unreadable)
+    labels = dataset.train.labels
+    if cfg.online_linear and (labels is None or not (labels >= 0).any()):
+        raise ConfigError(f"online_linear needs data with labels (class folders), and {cfg.data} has none")
     images = len(dataset.train)
     if cfg.batch > images:
         raise ConfigError(f"batch must be at most the number of training images, {images}, got batch={cfg.batch}")
     return dataset
 
 
-def train(cfg: Any, ranks: Ranks) -> None:
-    """The whole job on one rank."""
+def train(cfg: Any, ranks: Ranks) -> int:
+    """The whole job on one rank; returns the signal that stopped it, or 0."""
     dataset = prepare(cfg, ranks.world, ranks.threads)
-    ranks.agree(fingerprint(dataset), f"data must be the same on every rank, and {cfg.data} is not")
+    found = fingerprint(dataset)
+    ranks.agree(found, f"data must be the same on every rank, and {cfg.data} is not")
     folder = cfg.folder()
+    name, launcher = job()
+    mine = Job(name, frozenset(str(one) for (one,) in ranks.gather([launcher]) if one))
     with ExitStack() as stack:
         ranks.from_main(lambda: stack.enter_context(claimed(folder)))
-        state, lines, finished = ranks.from_main(lambda: take_up(cfg, folder, len(dataset.train)))
+        listed = folder / LISTED
+        state, lines, finished = ranks.from_main(
+            lambda: take_up(cfg, folder, found, lambda: changes(listed, dataset), mine)
+        )
         progress = Progress(speak=ranks.main)
         ranks.from_main(lambda: write_skipped(folder / "skipped.tsv", dataset))
+        if not finished and (state is None or state["data"] != found):
+            ranks.from_main(lambda: write_images(listed, dataset))
         for line in lines:
             progress.say(line)
         if finished:
-            return
-        run = Run(cfg, ranks, dataset, state)
+            return 0
+        try:
+            run = Run(cfg, ranks, dataset, state, found)
+        except ConfigError:
+            if ranks.main and not (folder / "checkpoints").exists():  # nothing was begun that other settings would harm
+                (folder / "config.json").unlink(missing_ok=True)
+            raise
         for line in introduction(run):
             progress.say(line)
         recorder = Recorder(folder if ranks.main else None, run.step)
         try:
             with progress.running(run.step, run.total):
-                run.fit(recorder, progress)
-            run.finish(recorder)
+                stopped = run.fit(recorder, progress)
+            if stopped:
+                ranks.from_main(lambda: _requeue(folder, stopped, run.step))
+                return stopped
+            run.finish(recorder, evaluations(read_all(folder / "evaluations")))
         finally:
             recorder.close()
         if ranks.main:
-            progress.say(results(folder))
+            progress.say(results(folder, recorder.records[-1]))
+    return 0
+
+
+def _requeue(folder: Path, stopped: int, step: int) -> None:
+    """Leave the marker that asks for the same command again; not where a user stopped it."""
+    if stopped != signal.SIGINT:
+        try:
+            write_marker(folder, step)
+        except OSError as error:
+            tell(f"cannot write {folder / MARKER}: {error.strerror}")
+    tell(f"stopped after step {step:,} with a checkpoint; the same command goes on from it")
+
+
+def _stop_outside(folder: Path | None, stopped: int) -> int:
+    """TERM or USR1 while nothing is trained: the exit status, and if there is a checkpoint the marker."""
+    if folder is None or not (folder / "checkpoints" / checkpoint.LAST).exists():
+        return 128 + stopped
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            _requeue(folder, stopped, checkpoint.read(folder / "checkpoints" / checkpoint.LAST)["step"])
+        except (checkpoint.CheckpointError, KeyError) as error:
+            tell(f"stopped without {folder / MARKER}: {error}")
+            return 128 + stopped
+    return EXIT_REQUEUE
+
+
+def about(data: Dataset) -> str:
+    """The data set in a line."""
+    classes = f" in {len(data.classes)} classes" if data.classes else ""
+    tested = f", {len(data.test):,} test images" if data.test else ""
+    return f"{data.name}: {len(data.train):,} training images{classes}{tested}"
+
+
+def dry_run(cfg: Any, world: int) -> None:
+    """Print the plan of a run, and write nothing.
+
+    Raises:
+        ConfigError: it does not fit.
+        RunError: its folder holds another.
+        CheckpointError: none of its checkpoints can be read.
+    """
+    data, folder = prepare(cfg, world, threads=0), cfg.folder()
+    state, records = None, []
+    if cfg.resume != "never" and begun(cfg, folder):
+        state, records = checkpoint.load(folder / "checkpoints", aside=False)[0], read_metrics(folder)
+        if records and records[-1].get("finished"):
+            print(f"The run in {folder} is finished: the same command shows its results. {AFRESH}")
+            return
+        suits(cfg, folder, state, fingerprint(data), lambda: changes(folder / LISTED, data))
+    visible = torch.cuda.device_count()
+    found = plan(
+        cfg, about(data), len(data.train), torch.device("cuda" if cfg.gpus != 0 and visible else "cpu"), world=world,
+        per_host=hosts_of(world), free=free_memory(), absent=(cfg.gpus or 0) > visible,
+        state=state, records=records,
+    )  # fmt: skip
+    print("\n".join(found.lines()))
+    found.refuse()
 
 
 def introduction(run: Run) -> list[str]:
     """What is about to be trained on what, in a few lines."""
     cfg, data = run.cfg, run.dataset
-    tested = f", {len(data.test):,} test images" if data.test else ""
-    lines = [
-        f"{data.name}: {run.images:,} training images"
-        + (f" in {len(data.classes)} classes" if data.classes else "")
-        + tested
-    ]
+    lines = [about(data)]
     listed = cfg.folder() / "skipped.tsv"
     for rows, kind in ((data.skipped, "that cannot be read"), (data.left_out, "that are of no part or class")):
         if rows:
@@ -305,36 +206,65 @@ def introduction(run: Run) -> list[str]:
     )
     if run.schedule.warmup_steps >= run.total:
         lines.append("all of this run is warm-up: give more --epochs, or fewer --warmup-epochs")
-    return lines + [line for line in (run.input_note, run.probe.note, *slower_for(cfg.loader)) if line]
+    if cfg.compile != "off":
+        lines.append("the network is compiled at the first step, which can take minutes")
+    if run.chunks > 1 or run.bn_images < cfg.batch:
+        cut = f"{run.chunks} chunks of a batch; " if run.chunks > 1 else ""
+        lines.append(f"{cut}BatchNorm takes its statistics over {run.bn_images:,} images")
+    notes = (run.init_note, run.input_note, run.probe.note, *slower_for(cfg.loader))
+    return lines + [line for line in notes if line]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, start the processes that are asked for, and train; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in STOPPING:  # while no step is made
+        signal.signal(name, _raise_stopped)
     warnings.filterwarnings("ignore", "LARS steps in plain PyTorch")  # the introduction says so
+    ranks: list[Ranks] = []
+    try:
+        return _main(argv, ranks)
+    finally:
+        for one in ranks:  # after an error is handled, for its traceback holds the group
+            one.close()
+
+
+def _main(argv: list[str], joined: list[Ranks]) -> int:
+    """The exit status; what `joined` gets is to be closed."""
+    folder = None
     try:
         cfg = parse(MODULE, argv)
+        folder = cfg.folder()
+        if cfg.dry_run:
+            absent = not launched() and (cfg.gpus or 0) > torch.cuda.device_count()
+            if speaks_for_host():
+                dry_run(cfg, cfg.gpus or 1 if absent else world_size(cfg.gpus, cfg.ranks))
+            return 0
         world = world_size(cfg.gpus, cfg.ranks)
         if world > 1 and not launched():
             prepare(cfg, world, threads=0)
-            return launch(MODULE, argv, world)
-        ranks = Ranks(use_gpu=cfg.gpus != 0 and torch.cuda.is_available())
-        try:
-            train(cfg, ranks)
-        finally:
-            ranks.close()
+            return launch(MODULE, argv, world, cfg.folder() / "checkpoints" / checkpoint.LAST)
+        joined.append(Ranks(use_gpu=cfg.gpus != 0 and torch.cuda.is_available(), timeout=cfg.timeout))
+        stopped = train(cfg, joined[0])
     except (ConfigError, DataError, RunError, checkpoint.CheckpointError) as error:
-        if speaks_for_host():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full or a failing disk
-        print(f"error: {error}", file=sys.stderr)
+        tell(told(error, joined))
+        return DIVERGED if isinstance(error, Diverged) else USER_ERROR
+    except RuntimeError as error:
+        if not (sentence := unreachable(error)):
+            raise
+        tell(sentence)
         return 1
+    except OSError as error:  # a full or a failing disk
+        tell(told(error, joined))
+        return 1
+    except Stopped as error:
+        return _stop_outside(folder, error.args[0])
     except KeyboardInterrupt:
         if speaks_for_host():
-            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            tell("stopped; the same command goes on from the last checkpoint, if there is one")
         return 130
+    if stopped:
+        return 130 if stopped == signal.SIGINT else EXIT_REQUEUE
     return 0
 
 

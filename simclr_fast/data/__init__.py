@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -13,11 +13,13 @@ from torch import Tensor
 from simclr_fast.data.augment import augment
 from simclr_fast.data.engines import choose, engine_name, run
 from simclr_fast.data.engines.feed import Batch, Meter, Settings, replaced
+from simclr_fast.data.listing import LISTED, changes, write_images
 from simclr_fast.data.policy import Params, Policy, stream
 from simclr_fast.data.sources import KNOWN, DataError, Dataset, Split, open_dataset, write_skipped
 
 __all__ = [
     "KNOWN",
+    "LISTED",
     "DataError",
     "Dataset",
     "Meter",
@@ -26,12 +28,15 @@ __all__ = [
     "Settings",
     "Split",
     "augment",
+    "changes",
     "choose",
     "engine_name",
     "eval_images",
     "fingerprint",
     "open_dataset",
+    "train_crops",
     "train_views",
+    "write_images",
     "write_skipped",
 ]
 
@@ -44,6 +49,7 @@ def train_views(
     seed: int,
     start_step: int,
     steps: int,
+    parts: int = 1,
     rank: int = 0,
     world: int = 1,
     workers: int = 2,
@@ -55,7 +61,9 @@ def train_views(
     """The two views of each batch of the stream, from `start_step` on.
 
     Args:
-        batch: images in a global batch; this rank's rows are [rank * b, (rank + 1) * b), b = batch // world.
+        batch: images in a global batch.
+        parts: into which each batch is cut, one yielded after the other. Of those rows of a part, this rank takes
+            [rank * b, (rank + 1) * b), b = batch // (parts * world).
         workers: threads (processes for torchvision; 0 is none) that prepare batches ahead.
         engine: `dali`, `torchvision`, `resident` (all pixels on the device), or `auto`: resident for small images that
             fit, else DALI where it can be had.
@@ -64,18 +72,60 @@ def train_views(
         (view1, view2, indices): [b, 3, S, S] of `dtype` on the device, channels_last, normalised by the policy's mean
         and std; int64 [b], the images in the split. An image that became unreadable is replaced by another.
     Raises:
-        ValueError: batch is not divisible by world, or larger than the split; the engine is unknown or absent.
+        ValueError: batch is not divisible by parts * world, or larger than the split; the engine is unknown or absent.
         DataError: over 5 % of the images became unreadable.
     """
-    if batch % world or not 0 < batch <= len(split):
+    if batch % (world * parts) or not 0 < batch <= len(split):
         raise ValueError(
-            f"batch must be divisible by world and at most the {len(split)} images, got batch={batch}, world={world}"
+            f"batch must be divisible by parts * world and at most the {len(split)} images, got batch={batch}, "
+            f"parts={parts}, world={world}"
         )
-    plan = partial(_train_batch, split, policy, batch, seed, rank, world)
-    made = range(start_step, start_step + steps)
+    plan = partial(_train_batch, split, policy, batch, seed, parts, rank, world)
+    made = range(start_step * parts, (start_step + steps) * parts)
     settings = settings or Settings(workers)
     for (view1, view2), indices in run(engine, split, policy, made, plan, torch.device(device), dtype, settings):
         yield view1, view2, indices
+
+
+def train_crops(
+    split: Split,
+    policy: Policy,
+    indices: np.ndarray,
+    *,
+    batch: int,
+    seed: int,
+    start_step: int = 0,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    device: str | torch.device = "cpu",
+    engine: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    settings: Settings,
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """(images, rows): one view of each image of a batch, as `train_views`, of the images `indices` [n] alone.
+
+    The stream runs on over epoch borders, and a batch may be larger than n. `rows` are places in `indices`.
+
+    Raises:
+        ValueError: batch is not divisible by world; there are no images.
+        DataError: an image became unreadable: another must not stand under its label.
+    """
+    if batch % world or batch < 1 or not len(indices):
+        raise ValueError(
+            f"batch must be divisible by the number of processes, with images to take, got batch={batch}, "
+            f"processes={world}, images={len(indices)}"
+        )
+
+    planned = partial(_crop_rows, len(indices), batch, seed, rank, world)
+    plan, made = partial(_crop_batch, split, policy, seed, indices, planned), range(start_step, start_step + steps)
+    views = run(engine, split, policy, made, plan, torch.device(device), dtype, settings)
+    for step, ((images,), taken) in zip(made, views, strict=True):
+        rows = planned(step)[0]
+        lost = indices[rows][indices[rows] != taken]
+        if len(lost):
+            raise DataError(f"data must stay readable while they are used, and {split.names[lost[0]]} did not")
+        yield images, rows
 
 
 def eval_images(
@@ -111,12 +161,41 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def _train_batch(
-    split: Split, policy: Policy, batch: int, seed: int, rank: int, world: int, step: int, places: Mapping[int, int]
+    split: Split,
+    policy: Policy,
+    batch: int,
+    seed: int,
+    parts: int,
+    rank: int,
+    world: int,
+    number: int,
+    places: Mapping[int, int],
 ) -> Batch:
-    rows = slice(rank * batch // world, (rank + 1) * batch // world)
-    planned, epochs = (words[rows] for words in stream(len(split), batch, seed, step))
+    (step, part), own = divmod(number, parts), batch // (parts * world)
+    first = (part * world + rank) * own
+    planned, epochs = (words[first : first + own] for words in stream(len(split), batch, seed, step))
     indices = replaced(planned, places)
     return indices, tuple(policy.draw(seed, epochs, planned, view, split.sizes[indices]) for view in (0, 1))
+
+
+def _crop_rows(n: int, batch: int, seed: int, rank: int, world: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+    own = batch // world
+    rows, epochs = (words[rank * own : (rank + 1) * own] for words in stream(n, batch, seed, step))
+    return rows, epochs
+
+
+def _crop_batch(
+    split: Split,
+    policy: Policy,
+    seed: int,
+    chosen: np.ndarray,
+    planned: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    step: int,
+    places: Mapping[int, int],
+) -> Batch:
+    rows, epochs = planned(step)
+    indices = replaced(chosen[rows], places)
+    return indices, (policy.draw(seed, epochs, chosen[rows], 0, split.sizes[indices]),)
 
 
 def _eval_batch(

@@ -16,7 +16,7 @@ import numpy as np
 
 ASPECTS = (3 / 4, 4 / 3)  # width / height of a random crop
 TF_MIN_COVERED = 0.1  # min_object_covered of the original, which overrules its smallest area of .08
-TEST_CROP = 0.875  # part of the shorter side that the central crop keeps
+TEST_CROP = 0.875
 MAX_UNCROPPED = 32  # sides up to which the central crop is the whole square, as in the original
 SIGMAS = (0.1, 2.0)
 PACKED = 16  # numbers that describe a view
@@ -104,11 +104,13 @@ class Policy:
     jitter_p: float = 0.8
     gray_p: float = 0.2
     blur_p: float = 0.5
+    test_crop: float = TEST_CROP  # part of the shorter side that the central crop keeps
 
     def __post_init__(self) -> None:
         self._require("size", self.size >= 1, "at least 1")
         self._require("dialect", self.dialect in _CROPS, f"one of {', '.join(_CROPS)}")
         self._require("min_area", 0 < self.min_area <= 1, "in (0, 1]")
+        self._require("test_crop", 0 < self.test_crop <= 1, "in (0, 1]")
         self._require("jitter_strength", 0 <= self.jitter_strength <= 1.25, "in [0, 1.25]")
         for name in ("flip", "jitter_p", "gray_p", "blur_p"):
             self._require(name, 0 <= getattr(self, name) <= 1, "a probability")
@@ -176,11 +178,11 @@ class Policy:
         return window
 
     def center(self, sizes: np.ndarray) -> Params:
-        """For evaluation: the central square of .875 of the shorter side, all of it for views up to 32 pixels."""
+        """For evaluation: the central square, `test_crop` of the shorter side; all of it for views up to 32 pixels."""
         n = len(sizes)
         side = np.min(sizes, axis=1)
         if self.size > MAX_UNCROPPED:
-            side = np.maximum(np.rint(TEST_CROP * side), 1).astype(np.int64)
+            side = np.maximum(np.rint(self.test_crop * side), 1).astype(np.int64)
         corner = (sizes - side[:, None] + 1) // 2
         off = np.zeros(n, bool)
         return Params(

@@ -5,11 +5,11 @@ are those of torchvision.transforms.v2.functional, or of TensorFlow where `tf` i
 """
 
 import numpy as np
-from numba import njit
+
+from simclr_fast.compiled import compiled as _compiled
 
 # No fastmath: a process that compiles and one that loads the compiled code would round differently.
 LANES = 16  # sums side by side: one alone would wait for itself
-_compiled = njit(cache=True, nogil=True, error_model="numpy")
 _ZERO, _ONE, _TINY = np.float32(0), np.float32(1), np.float32(1e-20)
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
 

@@ -28,6 +28,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def all_gathered(rows: Tensor, world: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all `world` ranks of a group, one rank after the other; each has as many, contiguous."""
+    every = rows.new_empty(world * len(rows), *rows.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the latter before torch 2.14
+    gather(every, rows, group=group)
+    return every
+
+
 def require(*rules: tuple[bool, str, object]) -> None:
     """Raises a ValueError for the first rule, (holds, text, what was given), that does not hold."""
     for holds, rule, got in rules:
@@ -147,8 +155,7 @@ class Settings(NamedTuple):
         if len(own) < longest:
             sent = own.new_zeros(longest, *own.shape[1:])
             sent[: len(own)] = own
-        every = own.new_empty(self.world * longest, *own.shape[1:])
-        dist.all_gather_into_tensor(every, sent, group=_resolve_process_group(self.group))  # type: ignore[arg-type]
+        every = all_gathered(sent, self.world, _resolve_process_group(self.group))  # type: ignore[arg-type]
         if not self.counts or min(self.counts) == max(self.counts):
             return every
         return torch.cat([part[: views * n] for part, n in zip(every.split(longest), self.counts, strict=True)])
@@ -195,9 +202,7 @@ def settings_of(group: dist.ProcessGroup | None, uneven: bool, x: Tensor, names:
         return Settings(**options)
     counts: list[int] = []
     if uneven:
-        every = torch.empty(world, dtype=torch.int64, device=x.device)
-        dist.all_gather_into_tensor(every, torch.tensor([x.shape[0]], device=x.device), group=group)
-        counts = every.tolist()
+        counts = all_gathered(torch.tensor([x.shape[0]], device=x.device), world, group).tolist()
         require((sum(counts) >= 1, f"{names} must have rows on some rank", counts))
     else:
         rule = f"{names} must be [N, D] with N >= 1 unless uneven=True"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr_fast.losses.backends import CHOICES, SCALES, require
+from simclr_fast.losses.backends import CHOICES, SCALES, all_gathered, require
 from simclr_fast.losses.info_nce import info_nce
 from simclr_fast.losses.nt_xent import nt_xent
 
@@ -95,9 +95,7 @@ class NTXentLoss(nn.Module):
         """Puts rows in the place of the oldest; those that do not fit before the end of the bank are left out."""
         rows = F.normalize(rows.to(self.bank.dtype), dim=1)
         if group is not None and dist.get_world_size(group) > 1:
-            every = rows.new_empty(dist.get_world_size(group) * len(rows), rows.shape[1])
-            dist.all_gather_into_tensor(every, rows, group=group)
-            rows = every
+            rows = all_gathered(rows, dist.get_world_size(group), group)
         size = len(self.bank) - 1
         places = self.oldest + torch.arange(len(rows), device=self.bank.device)
         self.bank.index_copy_(0, places.clamp_(max=size), rows)

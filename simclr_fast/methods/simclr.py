@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr_fast import config
 from simclr_fast.losses import nt_xent
-from simclr_fast.models import ARCHS, projection_head, resnet
-
-SMALL_IMAGE = 32  # up to this side the original uses the stem for small images (google-research/simclr, resnet.py)
+from simclr_fast.models import check_arch, encoder, projection_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config.choose("arch", self.arch, ARCHS)
-        self._require("width", round(64 * self.width) >= 1, "large enough to leave one of 64 channels")
+        check_arch(self.arch, self.width)
         self._require("head_features", self.head_features >= 1, "at least 1")
         self._require("head_layers", self.head_layers >= 2, "at least 2, for `nonlinear`; `linear` has 1")
         self._require("base_lr", self.base_lr > 0, "positive")
@@ -84,25 +83,35 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Method(nn.Module):
     """Encoder, projection head and loss."""
 
+    loss_parameters: tuple[nn.Parameter, ...] = ()
+    """Those that the loss uses itself, outside `forward`."""
+
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.temperature, self.loss_scale = cfg.temperature, cfg.loss_scale
-        self.encoder = resnet(cfg.arch, width=cfg.width, stem="small" if cfg.image_size <= SMALL_IMAGE else "imagenet")
-        self.head = projection_head(
-            cfg.head, self.encoder.num_features, out_features=cfg.head_features, layers=cfg.head_layers
-        )
-        self.group: dist.ProcessGroup | None = None
+        self.encoder = encoder(cfg.arch, width=cfg.width, image_size=cfg.image_size)
+        features = cast(int, self.encoder.num_features)
+        self.head = projection_head(cfg.head, features, out_features=cfg.head_features, layers=cfg.head_layers)
 
-    def forward(self, views: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of this rank's rows against the views of all ranks.
+    def forward(self, views: Tensor) -> Tensor:
+        """Embeddings [B, D] of views [B, 3, S, S]."""
+        return self.head(self.encoder(views))
+
+    def loss(self, z1: Tensor, z2: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of this rank's rows against the views of all ranks of `group`.
 
         Args:
-            views: [2b, 3, S, S], first views then second views of the rank's b images.
+            z1, z2: [b, D], the embeddings of both views of the rank's b images.
         Returns:
-            The scalar to differentiate, and detached 0-dim statistics: `loss` (the paper's, in nats) and
-            `contrastive_top1` (a fraction).
+            The scalar to differentiate, and detached 0-dim statistics of the rank's rows: `loss` (the paper's, in
+            nats), `contrastive_top1` (a fraction) and `embedding_spread` (1 - |mean unit embedding|^2: 0 if all are
+            alike, near 1 if they point everywhere).
         """
-        z1, z2 = self.head(self.encoder(views)).chunk(2)
-        loss, stats = nt_xent(z1, z2, self.temperature, group=self.group, scale=self.loss_scale, return_stats=True)
+        loss, stats = nt_xent(z1, z2, self.temperature, group=group, scale=self.loss_scale, return_stats=True)
         shown = loss.detach() / (2 if self.loss_scale == "simclr_tf" else 1)
-        return loss, {"loss": shown, "contrastive_top1": stats["contrastive_top1"]}
+        mean = F.normalize(torch.cat([z1, z2]).detach().float()).mean(0)
+        return loss, {
+            "loss": shown,
+            "contrastive_top1": stats["contrastive_top1"],
+            "embedding_spread": 1 - mean.square().sum(),
+        }

@@ -65,6 +65,7 @@ class LARS(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf instead of unscaling
+    found_inf: Tensor  # where set and not 0, a step changes nothing
     _step_function = staticmethod(step_function)
 
     def __init__(

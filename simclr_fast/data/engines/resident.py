@@ -44,13 +44,13 @@ def is_loaded(split: Split, device: torch.device) -> bool:
 
 def room_on(device: torch.device, ranks: int = 1) -> int:
     """Bytes that a rank's pixels may take, `ranks` of them sharing a host, through whose memory they pass to a GPU."""
-    here = int(_free() * CPU_SHARE / ranks)
+    here = int(free_memory() * CPU_SHARE / ranks)
     if device.type == "cuda":
         return min(here, int(torch.cuda.get_device_properties(device).total_memory * GPU_SHARE))
     return here
 
 
-def _free() -> int:
+def free_memory() -> int:
     """Bytes of memory that this process may still take: of the host, and of its control group."""
     meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     lines = meminfo.read_text().splitlines() if meminfo.exists() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -29,6 +30,7 @@ def run(
         num_workers=settings.workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that the global one stays as it is
+        worker_init_fn=_stay,
     )
     try:
         for views, indices in loader:
@@ -37,6 +39,13 @@ def run(
         raise DataError(
             str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
         ) from None
+
+
+def _stay(_: int) -> None:
+    """Signals to a group of processes are for the trainer, which ends its workers after its checkpoint."""
+    for name in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
 
 
 class _Steps(Dataset):

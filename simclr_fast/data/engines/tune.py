@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -96,6 +97,35 @@ def prepared(
         return dataclasses.replace(settings, workers=int(kept["workers"]), hardware=float(kept["hardware"]))
     except (OSError, ValueError, KeyError, TypeError):
         return settings
+
+
+def settings_for(
+    split: Split, policy: Policy, device: torch.device, *, engine: str, batch: int, threads: int, ranks: int,
+    memory_mib: int, workers: int | None, measure: bool, shared: Callable[[Callable[[], Any]], Any],
+) -> tuple[Settings, str]:  # fmt: skip
+    """How images are prepared, which changes none of them; and a sentence that says it.
+
+    Args:
+        batch, threads: images and threads of this rank; `ranks` share the host.
+        workers: given by the user, else as measured before, or with `measure` now.
+        shared: gives all ranks what the main one finds.
+    Raises:
+        ValueError: the engine cannot be used.
+    """
+    chosen, note = choose(engine, split, device, ranks)
+    settings = Settings(threads, memory_mib=memory_mib, ranks=ranks)
+    if workers is not None:
+        settings = dataclasses.replace(settings, workers=workers)
+    else:
+
+        def suitable() -> tuple[int, float]:
+            found = prepared(settings, split, policy, batch, device, engine, measure=measure)
+            return found.workers, found.hardware
+
+        count, hardware = shared(suitable) if measure else suitable()
+        settings = dataclasses.replace(settings, workers=count, hardware=hardware)
+    kind = "processes" if chosen == "torchvision" else "threads"
+    return settings, f"{note}; {settings.workers} {kind} a rank"
 
 
 class Waits:

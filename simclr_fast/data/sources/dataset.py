@@ -98,6 +98,7 @@ class Dataset:
     classes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
     left_out: tuple[tuple[str, str], ...] = ()  # sound ones, that no part or class of the set takes
+    unseen: tuple[str, ...] = ()  # classes of test images that are left out, for no training image has them
 
 
 def open_dataset(spec: str, workers: int = 0, *, download: bool = False, tolerate: float = TOLERATE) -> Dataset:
@@ -135,6 +136,22 @@ def open_dataset(spec: str, workers: int = 0, *, download: bool = False, tolerat
     return _assemble(spec if spec in KNOWN else shown(root.name.split(".")[0]), found, findings)
 
 
+def checked(name: str, samples: Sequence[Sample], classes: tuple[str, ...], workers: int = 0) -> tuple[Split, int]:
+    """The images of a list that can be read, in its order, and how many cannot.
+
+    Args:
+        name: of the set, in what is remembered and in messages.
+        classes: those that the samples' labels name, in order; none if the images have no such label.
+        workers: processes that check the images; 0 is one for each core.
+    Raises:
+        DataError: over 5 % of the images cannot be read.
+    """
+    findings = scan(samples, name, workers)
+    _tolerated(samples, findings, TOLERATE, name, remedy="remove them, or bring them back")
+    rows = [Row(k, sample.name) for k, sample in enumerate(samples) if k not in findings.faults]
+    return _split(samples, rows, findings.sizes, classes), len(findings.faults)
+
+
 def write_skipped(path: Path, dataset: Dataset) -> None:
     """Write what was skipped and what left out, in lines of name, tab, reason; where nothing was, remove the file.
 
@@ -144,11 +161,14 @@ def write_skipped(path: Path, dataset: Dataset) -> None:
     if not (rows := [*dataset.skipped, *dataset.left_out]):
         path.unlink(missing_ok=True)
         return
-    lines = ["\t".join(map(_one_line, pair)) + "\n" for pair in rows]
+    lines = ["\t".join(map(one_line, pair)) + "\n" for pair in rows]
     write_whole(path, "".join(lines).encode())
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """The text with escapes for what would break a line or a column."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -189,7 +209,7 @@ def _root(spec: str) -> Path:
 def _open_named(name: str, workers: int, download: bool, tolerate: float) -> Dataset:
     data = named.load(name, download)
     if data.arrays:
-        train, test = (_array_split(name, *data.arrays[part]) if part in data.arrays else None for part in PARTS)
+        train, test = (array_split(name, *data.arrays[part]) if part in data.arrays else None for part in PARTS)
         assert train is not None
         return Dataset(name, train, test, data.classes, ())
     samples = [sample for part in PARTS for sample in data.samples.get(part, ())]
@@ -204,7 +224,8 @@ def _open_named(name: str, workers: int, download: bool, tolerate: float) -> Dat
     return Dataset(name, train, test if len(test) else None, data.classes, _unreadable(samples, findings))
 
 
-def _array_split(name: str, pixels: np.ndarray, labels: np.ndarray) -> Split:
+def array_split(name: str, pixels: np.ndarray, labels: np.ndarray) -> Split:
+    """Images uint8 [n, H, W, 3] that are an array, with their classes [n]."""
     n, height, width, _ = pixels.shape
     return Split(
         names=[f"{k:0{len(str(n - 1))}d}" for k in range(n)],
@@ -217,8 +238,10 @@ def _array_split(name: str, pixels: np.ndarray, labels: np.ndarray) -> Split:
     )
 
 
-def _tolerated(samples: Sequence[Sample], findings: Findings, tolerate: float, spec: str) -> None:
+def _tolerated(samples: Sequence[Sample], findings: Findings, tolerate: float, spec: str, remedy: str = "") -> None:
     """
+    Args:
+        remedy: in place of the flag that tolerates more.
     Raises:
         DataError: too many images cannot be read.
     """
@@ -229,10 +252,11 @@ def _tolerated(samples: Sequence[Sample], findings: Findings, tolerate: float, s
     first = f"{samples[row].name}: {findings.faults[row]}"
     if bad == total:
         raise DataError(f"data must hold images that can be read, all {total:,} in {spec!r} fail; {first}")
+    remedy = remedy or f"remove them, or raise --tolerate-unreadable ({_rounded_up(bad, total)})"
     if bad > tolerate * total + 1e-9 and (total >= FEW or tolerate == 0):
         raise DataError(
             f"data must hold at most {100 * tolerate:g} % images that cannot be read, got {bad:,} of {total:,} in "
-            f"{spec!r}, the first {first}; remove them, or raise --tolerate-unreadable ({_rounded_up(bad, total)})"
+            f"{spec!r}, the first {first}; {remedy}"
         )
 
 
@@ -246,13 +270,15 @@ def _assemble(name: str, found: Found, findings: Findings) -> Dataset:
     samples = found.samples
     parts = parted(samples, findings.faults)
     train, test, left_out = parts.train, parts.test, [*found.left_out, *parts.left_out]
-    classes = class_names({class_of(samples, row) for row in train})
+    classes, unseen = class_names({class_of(samples, row) for row in train}), set[str]()
     if classes:
         labels = [(row, class_of(samples, row)) for row in test]
         left_out += [(row.name, _not_in_train(label)) for row, label in labels if label not in classes]
+        unseen = {label for _, label in labels if label and label not in classes}
         test = [row for row, label in labels if label in classes]
     trained, tested = (_split(samples, rows, findings.sizes, classes) for rows in (train, test))
-    return Dataset(name, trained, tested if test else None, classes, _unreadable(samples, findings), tuple(left_out))
+    faults = _unreadable(samples, findings)
+    return Dataset(name, trained, tested if test else None, classes, faults, tuple(left_out), tuple(sorted(unseen)))
 
 
 def _not_in_train(label: str) -> str:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from simclr_fast.data.sources.samples import DataError, Sample, alone, datasets_folder, shown
 
 TIMEOUT_S = 60  # without a byte from the network
-ARCHIVES = ("*.gz", "*.tgz", "*.zip")  # which torchvision leaves beside what it has unpacked
+ARCHIVES = ("*.gz", "*.tgz", "*.zip", "*.tar")  # which torchvision leaves beside what it has unpacked
 
 Options = dict[str, Any]
 
@@ -90,7 +91,7 @@ def load(name: str, download: bool = False) -> Named:
         )
     if (folder / name).exists():
         raise DataError(f"data {name} in {folder / name} must be whole ({found}): remove that folder, then fetch it")
-    _fetch(name, folder)
+    fetch(name, folder, recipe.kind, recipe.size, recipe.train + recipe.test)
     found = _present(name, folder)
     if isinstance(found, Named):
         return found
@@ -106,58 +107,63 @@ def _present(name: str, folder: Path) -> Named | str:
         try:
             return _read(name, root)
         except Exception as error:  # whatever damaged files lead torchvision to
-            reason = reason or _sentence(error)
+            reason = reason or sentence(error)
     return reason or "there is no such folder"
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """An error of torchvision's, of the network or the disk, in one line."""
     words = str(error).split("You can use download")[0].split()  # which names an argument of torchvision's
     return shown(" ".join(words).rstrip(".") or type(error).__name__)
 
 
 def _read(name: str, root: Path) -> Named:
     recipe = _RECIPES[name]
-    opened = {part: [_open(recipe, root, options) for options in getattr(recipe, part)] for part in ("train", "test")}
+    opened = {
+        part: [opened_by(recipe.kind, root, options) for options in getattr(recipe, part)] for part in ("train", "test")
+    }
     opened = {part: sets for part, sets in opened.items() if sets}
     if hasattr(opened["train"][0], "data"):
-        arrays = {part: _arrays(sets) for part, sets in opened.items()}
+        arrays = {part: pixels(sets[0]) for part, sets in opened.items()}
         count = 1 + max(int(labels.max()) for _, labels in arrays.values())
-        return Named(root, _classes(opened["train"][0], count), arrays)
-    pairs = {part: [pair for one in sets for pair in _pairs(one)] for part, sets in opened.items()}
-    classes = _classes(opened["train"][0], 1 + max(label for part in pairs.values() for _, label in part))
-    samples = {part: [_sample(path, root, classes[label]) for path, label in pairs[part]] for part in pairs}
+        return Named(root, class_labels(opened["train"][0], count), arrays)
+    pairs = {part: [pair for one in sets for pair in listed(one)] for part, sets in opened.items()}
+    classes = class_labels(opened["train"][0], 1 + max(label for part in pairs.values() for _, label in part))
+    samples = {part: [sample(path, root, classes[label]) for path, label in pairs[part]] for part in pairs}
     return Named(root, classes, samples=samples)
 
 
-def _open(recipe: _Recipe, root: Path, options: Options, download: bool = False) -> Any:
+def opened_by(kind: str, root: Path, options: Options, download: bool = False) -> Any:
+    """What torchvision's class of that name makes of a folder."""
     from torchvision import datasets
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old pickles make numpy warn
-        return getattr(datasets, recipe.kind)(str(root), download=download, **options)
+        return getattr(datasets, kind)(str(root), download=download, **options)
 
 
-def _classes(opened: Any, count: int) -> tuple[str, ...]:
+def class_labels(opened: Any, count: int) -> tuple[str, ...]:
     """Names of the classes in torchvision's order; numbers where it has none."""
     names = getattr(opened, "classes", None) or map(str, range(count))
     return tuple(name if isinstance(name, str) else name[0] for name in names)
 
 
-def _arrays(sets: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    (one,) = sets
-    pixels, labels = np.asarray(one.data), np.asarray(one.targets if hasattr(one, "targets") else one.labels, np.int64)
-    if pixels.ndim == 3:
-        pixels = np.broadcast_to(pixels[..., None], (*pixels.shape, 3))
-    elif pixels.shape[1] == 3:
-        pixels = pixels.transpose(0, 2, 3, 1)
-    if pixels.strides[0] < max(pixels.strides):  # an image would be read from all over the array
-        pixels = np.ascontiguousarray(pixels)
-    if len(pixels) != len(labels):
-        raise ValueError(f"it has {len(pixels):,} images and {len(labels):,} labels")
-    return pixels, labels
+def pixels(one: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 [n, H, W, 3], int64 [n]) of a class that holds an array."""
+    images, labels = np.asarray(one.data), np.asarray(one.targets if hasattr(one, "targets") else one.labels, np.int64)
+    if images.ndim == 3:
+        images = np.broadcast_to(images[..., None], (*images.shape, 3))
+    elif images.shape[1] == 3:
+        images = images.transpose(0, 2, 3, 1)
+    if images.strides[0] < max(images.strides):  # an image would be read from all over the array
+        images = np.ascontiguousarray(images)
+    if len(images) != len(labels):
+        raise ValueError(f"it has {len(images):,} images and {len(labels):,} labels")
+    return images, labels
 
 
-def _pairs(opened: Any) -> list[tuple[str, int]]:
+def listed(opened: Any) -> list[tuple[str, int]]:
+    """(path, class) of the images of a class that lists files."""
     for both in ("samples", "_samples"):
         if hasattr(opened, both):
             return list(getattr(opened, both))
@@ -165,7 +171,8 @@ def _pairs(opened: Any) -> list[tuple[str, int]]:
     return list(zip(map(str, paths), opened._labels, strict=True))
 
 
-def _sample(path: str, root: Path, label: str) -> Sample:
+def sample(path: str, root: Path, label: str | None = None) -> Sample:
+    """An image file, named by its path below the root."""
     name = shown(os.path.relpath(path, root).replace(os.sep, "/"))
     try:
         stat = os.stat(path)
@@ -174,10 +181,16 @@ def _sample(path: str, root: Path, label: str) -> Sample:
     return Sample(name, path, 0, stat.st_size, stat.st_mtime_ns, label)
 
 
-def _fetch(name: str, folder: Path) -> None:
-    """Download a data set, and put it in place when it is whole. One process does so, others wait for it."""
-    recipe = _RECIPES[name]
-    print(f"fetching {name}, {recipe.size}, into {folder / name}", file=sys.stderr)
+def fetch(name: str, folder: Path, kind: str, size: str, options: Sequence[Options]) -> None:
+    """Download a data set into folder/NAME, and put it there when it is whole; one process does so, others wait.
+
+    Args:
+        kind: torchvision's class, which is asked for what each of the `options` says.
+        size: how much it is, for the message.
+    Raises:
+        DataError: the network, the disk or the archive fails.
+    """
+    print(f"fetching {name}, {size}, into {folder / name}", file=sys.stderr)
     partial = folder / f".{name}.partial"
     timeout = socket.getdefaulttimeout()
     try:
@@ -189,8 +202,8 @@ def _fetch(name: str, folder: Path) -> None:
             partial.mkdir()
             socket.setdefaulttimeout(TIMEOUT_S)
             try:
-                for options in recipe.train + recipe.test:
-                    _open(recipe, partial, options, download=True)
+                for each in options:
+                    opened_by(kind, partial, each, download=True)
                 for pattern in ARCHIVES:
                     for archive in partial.rglob(pattern):
                         archive.unlink()
@@ -199,7 +212,7 @@ def _fetch(name: str, folder: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
     except Exception as error:  # of the network, the disk or the archive
         raise DataError(
-            f"data {name} cannot be fetched into {folder}: {_sentence(error)}; where there is no network, copy what "
+            f"data {name} cannot be fetched into {folder}: {sentence(error)}; where there is no network, copy what "
             f"torchvision unpacks there, or set SIMCLR_FAST_DATA to where it is"
         ) from error
     finally:
