@@ -11,25 +11,32 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from simclr_fast.nearest import nearest
 
 NEIGHBOURS = 20
 VOTE_TEMPERATURE = 0.1
 
 
-def nearest(bank: Tensor, queries: Tensor, k: int = NEIGHBOURS, block: int = 1024) -> tuple[Tensor, Tensor]:
-    """Similarities and indices [m, k] of the k rows of `bank` [n, d] nearest to each row of `queries` [m, d]."""
-    bank, k = F.normalize(bank.float()), min(k, len(bank))
-    found = [(F.normalize(part.float()) @ bank.T).topk(k) for part in queries.split(block)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+def votes(
+    bank: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: int = NEIGHBOURS,
+    temperature: float = VOTE_TEMPERATURE,
+) -> Tensor:  # fmt: skip
+    """Votes [m, classes] for `queries` [m, d] among `bank` [n, d], whose `labels` are int64 [n]."""
+    return voted(*nearest(bank, queries, k), labels, classes, temperature)
+
+
+def voted(similarities: Tensor, indices: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """Votes [m, classes] of neighbours, as `nearest` gives them, whose labels are `labels[indices]`."""
+    # Of one query all weights are scaled alike, so that none overflows at a small temperature.
+    weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    return weights.new_zeros(len(weights), classes).scatter_add_(1, labels[indices], weights)
 
 
 def accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> float:
     """Fraction of `queries` [m, d] whose weighted vote among `bank` [n, d] is their label (int64, [m] and [n])."""
-    similarities, indices = nearest(bank, queries, k)
-    votes = similarities.new_zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[indices], (similarities / VOTE_TEMPERATURE).exp())
-    return (votes.argmax(1) == labels).float().mean().item()
+    found = votes(bank, bank_labels, queries, classes=int(bank_labels.max()) + 1, k=k)
+    return (found.argmax(1) == labels).float().mean().item()
 
 
 @torch.no_grad()

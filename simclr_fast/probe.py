@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ PIXEL_NUMBERS = 2**28  # numbers in the bank's images up to which kNN on raw pix
 SHOWN_VIEWS, SHOWN_QUERIES, SHOWN_NEIGHBOURS = 8, 6, 6
 
 Sharded = Callable[[int, Callable[[slice], Tensor]], Tensor]
+
+
+class Stop(Protocol):
+    """What may cut an evaluation short."""
+
+    def asked(self) -> bool:
+        """Whether this rank wants that."""
+
+    def agree(self) -> None:
+        """Called by every rank; raises on every rank if one of them wants it."""
 
 
 class Probe:
@@ -63,13 +73,17 @@ class Probe:
             return ""
         return f"no kNN accuracy: the data have no {'test images' if self.train.labels is not None else 'classes'}"
 
-    def accuracy(self, encoder: nn.Module) -> float:
-        """kNN accuracy on the test images, a fraction; the training images are the neighbours."""
+    def accuracy(self, encoder: nn.Module, stop: Stop | None = None) -> float:
+        """kNN accuracy on the test images, a fraction; the training images are the neighbours.
+
+        Raises:
+            What `stop` does; it is asked after each batch of images.
+        """
         assert self.test is not None
         assert self.test.labels is not None
         assert self.train.labels is not None
-        bank = self._features(encoder, self.train, self.bank)
-        queries = self._features(encoder, self.test, np.arange(len(self.test)))
+        bank = self._features(encoder, self.train, self.bank, stop)
+        queries = self._features(encoder, self.test, np.arange(len(self.test)), stop)
         labels = [
             torch.as_tensor(labels, device=bank.device) for labels in (self.train.labels[self.bank], self.test.labels)
         ]
@@ -96,7 +110,7 @@ class Probe:
         )
         originals = self._pixels(self.train, np.asarray(indices))
         return {
-            "views": np.stack([originals, self._to_uint8(first), self._to_uint8(second)], axis=1),
+            "views": np.stack([originals, *(to_uint8(view, self.policy) for view in (first, second))], axis=1),
             "neighbours": self._neighbours(encoder),
         }
 
@@ -126,14 +140,28 @@ class Probe:
     def _images(self, split: Split, indices: np.ndarray) -> Any:
         return eval_images(split, self.policy, batch=EVAL_BATCH, indices=indices, **self._engine)
 
-    def _features(self, encoder: nn.Module, split: Split, indices: np.ndarray) -> Tensor:
+    def _features(self, encoder: nn.Module, split: Split, indices: np.ndarray, stop: Stop | None = None) -> Tensor:
         with self._autocast:
-            return self._sharded(len(indices), lambda rows: knn.features(encoder, self._images(split, indices[rows])))
+            found = self._sharded(
+                len(indices), lambda rows: knn.features(encoder, _until(stop, self._images(split, indices[rows])))
+            )
+        if stop is not None:
+            stop.agree()
+        return found
 
     def _pixels(self, split: Split, indices: np.ndarray) -> np.ndarray:
-        return np.concatenate([self._to_uint8(images) for images, _ in self._images(split, indices)])
+        return np.concatenate([to_uint8(images, self.policy) for images, _ in self._images(split, indices)])
 
-    def _to_uint8(self, images: Tensor) -> np.ndarray:
-        """Normalised [n, 3, S, S] -> uint8 [n, S, S, 3]."""
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.policy.mean, self.policy.std))
-        return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+def _until(stop: Stop | None, batches: Iterator[Any]) -> Iterator[Any]:
+    """At least the first of the batches: what has been computed is still exchanged with the other ranks."""
+    for batch in batches:
+        yield batch
+        if stop is not None and stop.asked():
+            return
+
+
+def to_uint8(images: Tensor, policy: Policy) -> np.ndarray:
+    """Images that a policy has prepared, [n, 3, S, S], as they look: uint8 [n, S, S, 3]."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (policy.mean, policy.std))
+    return ((images.cpu().float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
