@@ -1,10 +1,17 @@
 """Shared fixtures: the reference material beside the repository; and Triton's interpreter where there is no GPU."""
 
 import os
+import signal
 from pathlib import Path
+
+# Read when torch is imported: threads that spin while they wait for others take minutes on busy cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what is in its background so
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

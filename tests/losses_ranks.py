@@ -4,6 +4,7 @@ import datetime
 import functools
 import multiprocessing
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,7 @@ def of_module(rank):
 
 def one_process(rank, folder):
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # of what torch is about to drop
     limit = datetime.timedelta(seconds=120)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES, timeout=limit

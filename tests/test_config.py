@@ -17,6 +17,12 @@ def test_no_flags_are_the_shapes_preset():
     assert all(getattr(cfg, name) == value for name, value in PRESETS["shapes"].items())
 
 
+def test_the_width_of_a_preset_is_for_its_own_network():
+    assert parse(["--arch", "resnet8"]).width == PRESETS["shapes"]["width"]
+    assert parse(["--arch=resnet18"]).width == 1
+    assert parse(["--arch", "resnet18", "--width", "2"]).width == 2
+
+
 def test_a_folder_of_that_name_does_not_hide_the_shapes(tmp_path, monkeypatch):
     (tmp_path / "shapes").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -64,6 +70,12 @@ def test_a_config_file_repeats_a_run(tmp_path):
         ("[1]", "config must be a readable config.json"),
         ('{"precision": "bfloat16"}', "precision must be one of auto, fp32, bf16"),
         ('{"batch": "many"}', "batch must be of type int, got 'many'"),
+        ('{"bn_chunk": "4"}', "bn_chunk must be of type int or null, got '4'"),
+        ('{"warmup_epochs": "5"}', "warmup_epochs must be of type float or null, got '5'"),
+        ('{"init": 7}', "init must be of type str or null, got 7"),
+        ('{"knn_every": 1.5}', "knn_every must be of type int or null, got 1.5"),
+        ('{"gpus": true}', "gpus must be of type int or null, got True"),
+        ('{"precision": 3}', "precision must be one of auto, fp32, bf16, got '3'"),
     ],
 )
 def test_bad_config_files(tmp_path, text, match):
@@ -79,6 +91,8 @@ def test_bad_config_files(tmp_path, text, match):
         (["--temperature", "nan"], "temperature must be finite"),
         (["--batch", "1"], "no negatives"),
         (["--epochs", "0"], "epochs must be at least 1, got epochs=0"),
+        (["--epochs", "100000000000000000000"], "epochs must be at most 1,000,000, got epochs=1000"),
+        (["--timeout", "1e300"], "timeout must be at most 2,592,000 s, got timeout=1e"),
         (["--arch", "resnet51"], "did you mean 'resnet50'"),
         (["--width", "-1"], "width must be positive"),
         (["--width", "0.001"], "large enough"),

@@ -137,7 +137,7 @@ def test_chosen_images_come_in_order_and_the_last_batch_is_short(photos: Dataset
 def test_graph_that_crops_as_on_a_gpu(photos: Dataset, dialect: str):
     """On a GPU, DALI crops and resizes to uint8 and `augment` does the rest: the same graph, run on the CPU."""
     policy = Policy(64, dialect=dialect, blur_p=0, jitter_strength=0, gray_p=0)
-    plan, float32 = partial(_train_batch, photos.train, policy, 24, 0, 0, 1), torch.float32
+    plan, float32 = partial(_train_batch, photos.train, policy, 24, 0, 1, 0, 1), torch.float32
     here = photos.train, policy, range(2), plan, torch.device("cpu"), float32, Settings(2, memory_mib=8)
     cropped, rendered = (list(dali.run(*here, crops=crops)) for crops in (True, False))
     std = torch.tensor(policy.std).view(3, 1, 1)

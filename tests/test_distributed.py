@@ -1,12 +1,16 @@
 """Global BatchNorm, sharded evaluation and shared decisions, over real Gloo processes."""
 
+import time
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from simclr_fast.config import ConfigError
-from simclr_fast.distributed import Ranks, global_batchnorm, launched, world_size
+from simclr_fast.distributed import Ranks, unreachable
+from simclr_fast.models.batchnorm import share_scope
 
 WORLD = 3
 
@@ -34,7 +38,9 @@ def one_rank(rank, world, port, results):
         MASTER_ADDR="localhost", MASTER_PORT=str(port),
     )  # fmt: skip
     ranks = Ranks(use_gpu=False)
-    model = nn.parallel.DistributedDataParallel(global_batchnorm(network().double(), ranks.device))
+    model = network().double()
+    share_scope(model).group = ranks.group
+    model = nn.parallel.DistributedDataParallel(model)
     mine = slice(4 * rank, 4 * rank + 4)
     out = model(batch()[mine])
     (out * weighting()[mine]).sum().backward()
@@ -46,6 +52,10 @@ def one_rank(rank, world, port, results):
         "mean": ranks.mean(torch.tensor([float(rank)])),
         "shared": ranks.from_main(lambda: f"from {rank}"),
     }
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), ranks.group)
+    found["waited for"] = ranks.from_main(lambda: time.sleep(2.5) or "long work", patient=True)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=600), ranks.group)
+    found["alike"] = ranks.ends_alike(["red", "red", "blue"][rank])
     try:
         ranks.from_main(lambda: (_ for _ in ()).throw(ConfigError("seen by all")))
     except ConfigError as error:
@@ -70,6 +80,7 @@ def results(tmp_path_factory):
 
 def test_batchnorm_over_the_global_batch(results):
     model = network().double()
+    share_scope(model)
     out = model(batch())
     (out * weighting()).sum().backward()
     torch.testing.assert_close(torch.cat([results[rank]["out"] for rank in range(WORLD)]), out, rtol=1e-10, atol=1e-10)
@@ -93,20 +104,21 @@ def test_decisions_and_errors_of_the_main_rank(results):
         assert results[rank]["mean"].item() == 1.0
 
 
-def test_more_gpus_than_visible_names_both_numbers():
-    visible = torch.cuda.device_count()
-    with pytest.raises(ConfigError, match=f"{visible}, got gpus={visible + 2}"):
-        world_size(visible + 2, 1)
+def test_the_others_wait_for_long_work_beyond_the_group_s_limit(results):
+    assert [results[rank]["waited for"] for rank in range(WORLD)] == ["long work"] * WORLD
 
 
-def test_processes_that_the_flags_ask_for(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert world_size(None, 1) == 4
-    assert world_size(2, 1) == 2
-    assert world_size(0, 3) == 3
-    with pytest.raises(ConfigError, match="ranks counts CPU processes and needs gpus=0, got ranks=2"):
-        world_size(None, 2)
-    assert not launched()
+def test_a_rank_knows_whether_the_main_one_tells_its_error(results):
+    assert [results[rank]["alike"] for rank in range(WORLD)] == [True, True, False]
+
+
+def test_what_is_no_error_of_lost_ranks_is_not_called_so(monkeypatch):
+    lost = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:9. This may indicate")
+    assert unreachable(lost) == ""  # alone
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert unreachable(lost) == "rank 1: the other ranks cannot be reached (Connection closed by peer [::1]:9)"
+    assert unreachable(RuntimeError("CUDA out of memory")) == ""
 
 
 def test_alone_there_are_no_collectives():
@@ -116,4 +128,13 @@ def test_alone_there_are_no_collectives():
     assert ranks.main
     assert ranks.group is None
     assert torch.equal(ranks.sharded(5, lambda rows: torch.arange(5)[rows]), torch.arange(5))
-    assert ranks.from_main(lambda: 3) == 3
+    assert ranks.from_main(lambda: 3, patient=True) == 3
+    assert ranks.ends_alike("red")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="processes on a host must be at most its visible GPUs, 2, got 4"):
+        Ranks(use_gpu=True)

@@ -17,7 +17,7 @@ def test_something_broken_is_named_and_gives_status_1(monkeypatch, capsys):
 
     monkeypatch.setitem(doctor.CHECKS, "LARS", fails)
     assert doctor.main([]) == 1
-    assert "BROKEN  LARS             OSError: no such library" in capsys.readouterr().out
+    assert "BROKEN  LARS              OSError: no such library" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [1.0, float("nan")])
@@ -31,3 +31,10 @@ def test_wrong_numbers_are_seen(monkeypatch):
     right = lars.LARS.step
     monkeypatch.setattr(lars.LARS, "step", lambda self: (right(self), right(self)))
     assert doctor.lars_step().state == doctor.BROKEN
+
+
+@pytest.mark.parametrize("flags", [["--ranks", "0"], ["--ranks", "-3"], ["--gpus", "-1"]])
+def test_no_processes_are_no_comparison(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(flags)
+    assert "gpus must be 0 or more and ranks at least 1, got gpus=" in capsys.readouterr().err

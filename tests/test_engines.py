@@ -13,6 +13,7 @@ from PIL import Image
 
 from simclr_fast.data import Policy, Settings, Split, choose, engine_name, eval_images, train_views
 from simclr_fast.data.engines import resident, tune
+from simclr_fast.data.engines.choice import preload
 from simclr_fast.data.engines.tune import Waits
 
 CPU = torch.device("cpu")
@@ -104,6 +105,18 @@ def test_files_are_decoded_once_for_all_uses(shared: Path, monkeypatch: pytest.M
     other = list(eval_images(few, Policy(16), batch=4, engine="torchvision", workers=0))
     for one, two in zip(made, other, strict=True):
         torch.testing.assert_close(one[0], two[0], atol=3e-3, rtol=0)
+
+
+def test_pixels_are_decoded_before_the_first_view_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    split, decoded = dataclasses.replace(held(), pixels=None), []
+    made = np.zeros((30, 20, 24, 3), np.uint8)
+    monkeypatch.setattr(resident, "_decoded", lambda *_: decoded.append(1) or (made, {}))
+    preload("torchvision", split, CPU, Settings())
+    assert decoded == []
+    preload("auto", split, CPU, Settings())
+    assert decoded == [1]
+    views(split, "auto")
+    assert decoded == [1]
 
 
 def test_the_fewest_threads_that_are_nearly_the_fastest():

@@ -1,3 +1,5 @@
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -25,15 +27,31 @@ def test_chance_on_noise():
 
 def test_fewer_images_than_neighbours():
     bank = torch.eye(3)
-    values, indices = knn.nearest(bank, bank)
-    assert values.shape == indices.shape == (3, 3)
-    assert indices[:, 0].tolist() == [0, 1, 2]
+    votes = knn.votes(bank, torch.arange(3), bank, classes=4, k=20)
+    assert votes.argmax(1).tolist() == [0, 1, 2]
+    assert votes[:, 3].tolist() == [0, 0, 0]
 
 
-def test_blocks_do_not_change_the_neighbours():
-    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    for block in (1, 7, 64):
-        assert torch.equal(knn.nearest(x, x, 5, block=block)[1], knn.nearest(x, x, 5)[1])
+@pytest.mark.parametrize("k", [1, 7, 200])
+def test_votes_are_scikit_learns(k):
+    neighbors = pytest.importorskip("sklearn.neighbors", reason="needs the extra evaluate")
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(2000, 16, generator=generator), torch.randn(300, 16, generator=generator)
+    labels = torch.randint(7, (2000,), generator=generator)
+    theirs = neighbors.KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.1)
+    )
+    theirs.fit(bank.double().numpy(), labels.numpy())
+    ours = knn.votes(bank, labels, queries, classes=7, k=k)
+    expected = torch.from_numpy(theirs.predict_proba(queries.double().numpy()))
+    torch.testing.assert_close((ours / ours.sum(1, keepdim=True)).double(), expected, atol=2e-6, rtol=0)
+
+
+def test_a_small_temperature_overflows_nothing():
+    bank, labels = torch.eye(4), torch.arange(4)
+    votes = knn.votes(bank, labels, bank, classes=4, k=4, temperature=1e-4)
+    assert votes.isfinite().all()
+    assert votes.argmax(1).tolist() == [0, 1, 2, 3]
 
 
 def test_calibration_averages_the_batches_and_leaves_the_encoder_alone():

@@ -9,25 +9,47 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "simclr_fast"
-COMMANDS = {"train", "evaluate", "embed", "export", "doctor"}
+COMMANDS = {"train", "evaluate", "embed", "export", "import_tf", "doctor"}
 ALLOWED = {
     "kernels": {"kernels"},
     "config": set(),
     "cli": {"methods", "config", "data"},
-    "data": {"data", "kernels", "_C", "config"},
+    "data": {"data", "kernels", "_C", "config", "compiled"},
     "models": {"models", "kernels", "_C", "distributed", "config"},
     "losses": {"losses", "kernels", "_C", "distributed"},
     "optim": {"optim", "kernels", "_C"},
-    "distributed": {"config"},
+    "distributed": {"config", "launch"},
+    "launch": {"config"},
+    "training": {
+        *("training", "models", "losses", "optim", "methods", "distributed", "launch", "config", "record"),
+        "environment",
+    },
+    "run": {
+        *("training", "models", "optim", "methods", "distributed", "config", "record", "environment", "data", "probe"),
+        *("checkpoint", "report"),
+    },
     "methods": {"methods", "models", "losses", "config", "distributed"},
     "checkpoint": set(),
     "record": set(),
-    "report": {"record"},
-    "knn": set(),
+    "pages": {"pages", "record"},
+    "report": {"record", "pages"},
+    "knn": {"nearest"},
+    "nearest": {"environment", "nearest_bf16"},
+    "nearest_bf16": {"compiled"},
+    "compiled": set(),
     "environment": {"data", "optim"},
     "probe": {"data", "knn"},
-    "resume": {"checkpoint", "cli", "record"},
-    "__init__": {"losses", "optim", "data"},
+    "resume": {"checkpoint", "cli", "record", "training"},
+    "pretrained": {"checkpoint", "methods", "config", "data", "models"},
+    "features": {"config", "data", "distributed", "pretrained", "training"},
+    "evaluation": {
+        *("evaluation", "features", "pretrained", "knn", "data", "models", "optim", "distributed", "training"),
+        *("config", "cli", "record", "report", "pages", "environment", "checkpoint", "methods", "probe"),
+        "exporting",
+    },
+    "command": {"checkpoint", "config", "data", "distributed", "launch", "record"},
+    "exporting": {"exporting", "pretrained", "models", "data", "config", "record", "environment", "checkpoint"},
+    "__init__": {"losses", "optim", "data", "pretrained"},
 }
 
 

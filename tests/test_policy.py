@@ -117,6 +117,10 @@ def test_central_crop_is_the_originals(vectors: Path):
     assert Policy(32).center(np.array([[32, 40]])).window[0].tolist() == [0, 4, 32, 32]
 
 
+def test_central_crop_can_keep_the_whole_shorter_side():
+    assert Policy(64, test_crop=1).center(np.array([[100, 140]])).window[0].tolist() == [0, 20, 100, 100]
+
+
 def test_stages_that_are_off_never_happen():
     p = draws(Policy(32, jitter_strength=0, blur_p=0, gray_p=0, flip=0))
     assert not np.column_stack([p.jitter, p.gray, p.flip, p.sigma]).any()
@@ -124,7 +128,15 @@ def test_stages_that_are_off_never_happen():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"size": 0}, {"dialect": "pil"}, {"min_area": 0}, {"min_area": 1.1}, {"blur_p": 2}, {"jitter_strength": 1.5}],
+    [
+        {"size": 0},
+        {"dialect": "pil"},
+        {"min_area": 0},
+        {"min_area": 1.1},
+        {"blur_p": 2},
+        {"test_crop": 0},
+        {"jitter_strength": 1.5},
+    ],
 )
 def test_impossible_policies_are_refused(wrong: dict):
     name = next(iter(wrong))

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr_fast.report import Run, _ticks, write_report
+from simclr_fast.pages.charts import ticks
+from simclr_fast.pages.parts import percents
+from simclr_fast.report import Run, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -113,7 +115,7 @@ def test_text_is_escaped_and_complete(tmp_path, run):
         "a&b",
         "2.13",
         "took 3 s",
-        "25%",
+        "25.0%",
         "37.5%",
         "87.5%",
         "✗ <dog>\n0.50",
@@ -122,7 +124,7 @@ def test_text_is_escaped_and_complete(tmp_path, run):
         assert text in reader.texts
     assert not {tag for tag, _ in reader.elements} & {"of", "dog"}
     assert any(text.endswith("of 2,000 test images") for text in reader.texts)
-    assert "chance is 6.236" in reader.texts
+    assert "6.236 is that of embeddings all alike; an untrained network may lie above" in reader.texts
 
 
 def test_images_survive(tmp_path, run):
@@ -141,7 +143,7 @@ def test_neighbours_are_marked_only_where_both_labels_are_known(tmp_path, run):
     def marks(label, name):
         pair = (plain(COLOURS[0]), label, [(plain(COLOURS[1]), name, 0.25)])
         reader = Reader(written(tmp_path, dataclasses.replace(run, views=None, neighbours=[pair])))
-        return [tag["class"] for tag in reader.of("figure") if "class" in tag], reader.texts
+        return [tag.get("class", "") for tag in reader.of("figure")][-2:], reader.texts
 
     assert marks("cat", "cat")[0] == ["", "right"]
     assert marks("cat", "dog")[0] == ["", "wrong"]
@@ -154,7 +156,7 @@ def test_neighbours_are_marked_only_where_both_labels_are_known(tmp_path, run):
 def curves(page: str) -> dict[str, ElementTree.Element]:
     """The charts by name; each must be well-formed XML."""
     found = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page)]
-    return {svg.attrib["aria-label"]: svg for svg in found}
+    return {svg.attrib["aria-label"].split(":")[0]: svg for svg in found}
 
 
 def line(svg: ElementTree.Element) -> str:
@@ -166,6 +168,7 @@ def test_curves_show_every_value_inside_the_chart(tmp_path, run):
     assert list(charts) == [
         "Loss", "Contrastive top-1", "kNN top-1", "Learning rate", "Images per second", "Waiting for data"
     ]  # fmt: skip
+    assert charts["Loss"].attrib["aria-label"] == "Loss: 4 at epoch 2"
     assert "epoch 1: 4.8" in [title.text for title in charts["Loss"].iter("title")]
     assert len(list(charts["kNN top-1"].iter("circle"))) == 2
     for svg in charts.values():
@@ -182,6 +185,35 @@ def test_loss_chart_has_the_level_of_chance(tmp_path, run):
     start = float(line(charts["Loss"]).split("L")[0].split()[1])
     level = float(levels["Loss"][0].attrib["d"].split()[1].split("H")[0])
     assert level < start  # ln 511 lies above the first loss, 6
+
+
+def test_what_was_recorded_beside_the_loss_has_its_chart(tmp_path, run):
+    metrics = [record(step, online_top1=0.25, embedding_spread=0.99) for step in (10, 20)]
+    names = [*curves(written(tmp_path, dataclasses.replace(run, metrics=metrics)))]
+    assert "Linear classifier beside training, top-1 on training views" in names
+    assert "Embedding spread (0" in names
+
+
+def test_of_records_of_one_epoch_the_last_is_drawn(tmp_path, run):
+    metrics = [record(0), record(10, loss=4.0), record(11, epoch=1.0, loss=2.0)]
+    svg = curves(written(tmp_path, dataclasses.replace(run, metrics=metrics)))["Loss"]
+    assert [title.text for title in svg.iter("title")] == ["epoch 0: 6", "epoch 1: 2"]
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([0.25, 0.235], ["25.0%", "23.5%"]),
+        ([1, 0.0526, 0.75], ["100.0%", "5.3%", "75.0%"]),
+        ([0.5, math.nan, None], ["50%", "–", "–"]),
+        ([0.0525, 0.01], ["5.25%", "1.00%"]),
+        ([1e-7], ["0%"]),
+        ([1.25e-4, 1e-7], ["0.01%", "0.00%"]),
+        ([], []),
+    ],
+)
+def test_figures_of_a_row_have_the_same_decimals(values, texts):
+    assert percents(values) == texts
 
 
 @pytest.mark.parametrize("gap", [math.nan, math.inf, None])
@@ -228,7 +260,7 @@ def test_note_stands_alone_without_accuracies(tmp_path, run):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "ticks"),
+    ("low", "high", "expected"),
     [
         (0, 1, [0, 0.25, 0.5, 0.75, 1]),
         (0, 0.94, [0, 0.25, 0.5, 0.75, 1]),
@@ -238,15 +270,15 @@ def test_note_stands_alone_without_accuracies(tmp_path, run):
         (-0.5, 0.5, [-0.5, -0.25, 0, 0.25, 0.5]),
     ],
 )
-def test_ticks_are_round(low, high, ticks):
-    assert _ticks(low, high) == pytest.approx(ticks)
+def test_ticks_are_round(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, 5, -2.0, 1e-7, 3e8])
 def test_ticks_of_a_constant_enclose_it(value):
-    ticks = _ticks(value, value)
-    assert ticks[0] <= value <= ticks[-1]
-    assert ticks[0] < ticks[-1]
+    found = ticks(value, value)
+    assert found[0] <= value <= found[-1]
+    assert found[0] < found[-1]
 
 
 @pytest.mark.parametrize(

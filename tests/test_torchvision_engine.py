@@ -49,7 +49,7 @@ def test_unknown_engine_is_refused():
 def test_batch_must_fit_the_split_and_the_ranks(shared: Path):
     split = open_dataset(str(shared / "data" / "photos-256.tar")).train
     for batch, world in ((257, 1), (9, 2), (0, 1)):
-        with pytest.raises(ValueError, match=f"batch must be .* got batch={batch}, world={world}"):
+        with pytest.raises(ValueError, match=f"batch must be .* got batch={batch}, parts=1, world={world}"):
             next(train_views(split, Policy(8), batch=batch, seed=0, start_step=0, steps=1, world=world))
 
 

@@ -1,87 +1,36 @@
 """The command as its users run it, on a few tiny images: whole runs, stops, several ranks, bad input."""
 
-import io
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from simclr_fast import checkpoint, train
+from simclr_fast import run as run_module
 from simclr_fast.data.engines import tune
 from simclr_fast.record import read_metrics
+from tests.train_common import (
+    ROOT,
+    SMALL,
+    assert_same_bits,
+    command,
+    images,
+    jpeg,
+    one_thread,
+    run,
+    untimed,
+    weights,
+    whole,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = ("--arch", "resnet8", "--width", "0.125", "--image-size", "16", "--batch", "16", "--epochs", "3", "--gpus", "0",
-         "--head-features", "16", "--blur", "0", "--precision", "fp32")  # fmt: skip
-
-
-def jpeg(seed, size=20, mode="RGB"):
-    rng = np.random.default_rng(seed)
-    picture = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((size, size)).convert(mode)
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=95)
-    return data.getvalue()
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 20), ("test", 5)):
-        for label, name in enumerate(("ant", "bee")):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                (folder / f"{number}.jpg").write_bytes(jpeg(1000 * label + number + (split == "test") * 100))
-    return root
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small networks on several threads wait for each other, long so where other programs run beside."""
-    before = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "sched_getaffinity", lambda _: {0})
-        yield
-    torch.set_num_threads(before)
-
-
-def run(images, out, *flags):
-    return train.main(["--data", str(images), "--out", str(out), *SMALL, *flags])
-
-
-def command(images, out, *flags):
-    return [sys.executable, "-m", "simclr_fast.train", "--data", str(images), "--out", str(out), *SMALL, *flags]
-
-
-def weights(out):
-    state = checkpoint.read(out / "checkpoints" / "last.pt")
-    return {f"{part}.{name}": tensor for part in ("method",) for name, tensor in state[part].items()} | {
-        f"velocity.{number}": entry["momentum_buffer"] for number, entry in state["optimizer"]["state"].items()
-    }
-
-
-def assert_same_bits(first, second):
-    first, second = weights(first), weights(second)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-@pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
-    """An uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    assert run(images, out) == 0
-    return out
+__all__ = ["SMALL", "images", "one_thread", "whole"]  # fixtures are used by their names
 
 
 def test_a_run_leaves_what_the_readme_says(whole):
@@ -136,7 +85,7 @@ def test_a_run_that_stopped_at_an_epoch_goes_on_bit_for_bit(images, whole, tmp_p
 
     def save_and_stop(folder, state, *, best):
         save(folder, state, best=best)
-        if state["epoch"] == 2:
+        if state["step"] == 5:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", save_and_stop)
@@ -144,12 +93,31 @@ def test_a_run_that_stopped_at_an_epoch_goes_on_bit_for_bit(images, whole, tmp_p
     assert "goes on from the last checkpoint" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(images, out) == 0
-    assert "Going on after epoch 2 of 3" in capsys.readouterr().out
+    assert "Going on after epoch 2 of 3, step 5" in capsys.readouterr().out
     assert_same_bits(whole, out)
-    untimed = [{k: v for k, v in r.items() if k not in ("images_per_s", "data_wait")} for r in read_metrics(out)]
-    assert untimed == [
-        {k: v for k, v in r.items() if k not in ("images_per_s", "data_wait")} for r in read_metrics(whole)
-    ]
+    assert untimed(out) == untimed(whole)
+
+
+@pytest.mark.parametrize("flags", [[], ["--accumulate", "2", "--bn-chunk", "4", "--epochs", "2"]])
+def test_stopped_after_every_single_step_it_learns_the_same_bits(images, whole, tmp_path, monkeypatch, flags):
+    """By a signal: checkpoint within the step, status 75, a marker that is gone once the run goes on.
+
+    What a stop at the last step leaves over is its evaluation.
+    """
+    out, expected = tmp_path / "run", whole
+    if flags:
+        expected = tmp_path / "whole"
+        assert run(images, expected, *flags) == 0
+    steps = read_metrics(expected)[-1]["step"]
+    monkeypatch.setattr(run_module.Interrupt, "wanted", lambda *_: (signal.SIGUSR1, False))
+    for step in range(1, steps + 1):
+        assert run(images, out, *flags) == 75
+        assert checkpoint.read(out / "checkpoints" / "last.pt")["step"] == step
+        assert (out / "requeue").read_text() == f"{step}\n"
+    assert run(images, out, *flags) == 0
+    assert not (out / "requeue").exists()
+    assert_same_bits(expected, out)
+    assert untimed(out) == untimed(expected)
 
 
 def test_checkpoints_without_their_settings_are_refused(images, whole, tmp_path, capsys):
@@ -173,7 +141,7 @@ def test_a_run_killed_while_it_was_deleted_is_not_gone_on_with(images, whole, tm
 
 def test_a_truncated_checkpoint_gives_way_to_the_previous_one(images, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    monkeypatch.setattr(train.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(run_module.Run, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(images, out) == 130
     monkeypatch.undo()
     os.truncate(out / "checkpoints" / "last.pt", 1000)
@@ -182,6 +150,24 @@ def test_a_truncated_checkpoint_gives_way_to_the_previous_one(images, whole, tmp
     assert "cannot read" in shown
     assert "Going on after epoch 2" in shown
     assert_same_bits(whole, out)
+
+
+def test_a_signal_between_the_last_step_and_the_end_asks_for_another_start(images, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(run_module.Run, "finish", lambda *_: signal.raise_signal(signal.SIGUSR1))
+    assert run(images, out) == 75
+    assert (out / "requeue").read_text() == "8\n"
+    monkeypatch.undo()
+    assert run(images, out) == 0
+    assert read_metrics(out)[-1]["finished"]
+    assert not (out / "requeue").exists()
+    assert_same_bits(whole, out)
+
+
+def test_a_signal_before_there_is_anything_to_go_on_with(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "open_dataset", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert run(images, tmp_path / "run") == 128 + signal.SIGTERM
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -195,14 +181,14 @@ def test_killed_at_any_moment_it_goes_on(images, tmp_path, how):
     while not (out / "checkpoints" / "previous.pt").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(how)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == (-9 if how == signal.SIGKILL else 130), error.decode()
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 75), error.decode()
     state, complaints = checkpoint.load(out / "checkpoints")
     assert not complaints
     saved = dict(json.loads((out / "config.json").read_text()))
     assert saved["epochs"] == 400
-    recorder_steps = [record["step"] for record in read_metrics(out)]
-    assert recorder_steps[-1] >= state["step"]
+    recorded = [record["step"] for record in (*read_metrics(out), state["pending"]) if record]
+    assert max(recorded) >= state["step"]
 
 
 def test_bf16_ends_with_the_run(images, tmp_path):
@@ -274,14 +260,14 @@ def test_tuning_is_remembered_and_changes_nothing(images, tmp_path, capsys, monk
 
 
 def test_waiting_for_data_is_said_with_advice(images, tmp_path, capsys, monkeypatch):
-    real = train.train_views
+    real = run_module.train_views
 
     def slow(*args, **options):
         for made in real(*args, **options):
             time.sleep(0.2)
             yield made
 
-    monkeypatch.setattr(train, "train_views", slow)
+    monkeypatch.setattr(run_module, "train_views", slow)
     assert run(images, tmp_path / "run") == 0
     assert re.search(r"waiting for data took \d\d% of the time: --tune-input", capsys.readouterr().out)
     assert "--tune-input" in (tmp_path / "run" / "report.html").read_text()
@@ -324,5 +310,13 @@ def test_an_output_folder_that_cannot_be_written(images, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(images, tmp_path, capsys):
-    assert run(images, tmp_path / "run", "--base-lr", "1e30", "--trust-coefficient", "1e8") == 2
-    assert "the loss became nan by step" in capsys.readouterr().err
+    assert run(images, tmp_path / "run", "--base-lr", "1e30", "--trust-coefficient", "1e8") == 3
+    assert re.search(r"steps 1 to 5 were all skipped: .*loss was nan on rank 0", capsys.readouterr().err)
+
+
+def test_a_start_that_weights_do_not_fit_leaves_no_run_behind(images, tmp_path, capsys):
+    other = ("--arch", "resnet18", "--width", "0.125", "--epochs", "1")
+    assert run(images, tmp_path / "other", *other) == 0
+    assert run(images, tmp_path / "run", "--epochs", "1", "--init", str(tmp_path / "other")) == 2
+    assert "init" in capsys.readouterr().err
+    assert run(images, tmp_path / "run", "--epochs", "1") == 0
