@@ -27,6 +27,8 @@ NVCC = os.environ.get("NVCC", "nvcc")
 CUDA = os.environ.get("SIMCLR_FAST_CUDA", "auto")
 ARCHS = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
 FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000ULL".format(*TORCH_MIN)]
+TIMM, SKLEARN = "timm>=1.0.26", "scikit-learn>=1.9"
+EXPORT = [TIMM, "safetensors>=0.8", "onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"]
 DALI_WHEELS = "platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"
 
 
@@ -143,9 +145,19 @@ setup(
         "rich>=14",
     ],
     extras_require={
-        "dev": ["pytest==9.2.0", "hypothesis>=6.100", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"],
-        # Losses that tests and bench/ compare with.
-        "peers": ["lightly>=1.5.20", "pytorch-metric-learning>=2.8", "open_clip_torch>=3", "kornia>=0.8"],
+        "dev": [
+            *("pytest==9.2.0", "hypothesis>=6.100", "scipy>=1.15", "ruff==0.17.6", "mypy==2.4.1"),
+            *(SKLEARN, *EXPORT),
+        ],
+        "timm": [TIMM],
+        "evaluate": [SKLEARN],  # pictures of features
+        "export": EXPORT,
+        "tf": ["tensorflow>=2.21"],  # reads the original's checkpoint files
+        # What tests and bench/ compare with.
+        "peers": [
+            *("lightly>=1.5.20", "pytorch-metric-learning>=2.8", "open_clip_torch>=3", "kornia>=0.8"),
+            "transformers>=5.24",
+        ],
         "bench": ["matplotlib>=3.9"],
     },
 )
