@@ -8,6 +8,7 @@ the others' float32 and NCHW.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -233,6 +234,7 @@ def plain(channels_last: bool, compiled: bool = False) -> Callable[[Task], Train
 
 def lightly_step(task: Task) -> Trainer:
     """As in its benchmarks/imagenet/resnet50/simclr.py, without the classifier that learns beside."""
+    importlib.import_module("lightly.transforms")  # its input, which must not be missed only when it is timed
     from lightly.loss import NTXentLoss
     from lightly.models.modules.heads import SimCLRProjectionHead
     from lightly.models.utils import get_weight_decay_parameters

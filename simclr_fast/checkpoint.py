@@ -152,6 +152,9 @@ def read(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, truncated, damaged in a single bit of its content, or no checkpoint.
     """
     try:
+        with open(path, "rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise CheckpointError("it is no checkpoint, or not a whole one")
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()  # torch.load does not look at the checksums that torch.save writes
         if part is not None:

@@ -243,7 +243,9 @@ def _checkpoint(path: Path) -> Any:
     except checkpoint.CheckpointError as error:
         names = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
         others = [str(path.with_name(name)) for name in names if name != path.name and path.with_name(name).is_file()]
-        if path.name not in names or not others:
+        if path.name not in names:
+            raise checkpoint.CheckpointError(f"{error}; weights that are of no run need --arch") from error
+        if not others:
             raise
         raise checkpoint.CheckpointError(f"{error}; there is also {' and '.join(others)}") from error
 

@@ -69,13 +69,16 @@ def begun(cfg: Any, folder: Path) -> bool:
     return True
 
 
-def suits(cfg: Any, folder: Path, state: dict[str, Any] | None, data: str, changes: Callable[[], str]) -> list[str]:
-    """What there is to say of going on from a checkpoint's state with these images; `data` and `changes` as `take_up`.
+def suits(
+    cfg: Any, folder: Path, state: dict[str, Any] | None, data: str, changes: Callable[[], str], finished: bool
+) -> list[str]:
+    """What there is to say of going on from a checkpoint's state, or of showing the results of a run that is finished,
+    with these images; `data` and `changes` as `take_up`.
 
     Raises:
         RunError: that cannot be done, or is not what the user asked for.
     """
-    if state and "bn_images" not in state:
+    if state and "bn_images" not in state and not finished:
         raise RunError(
             f"{folder} holds a run of an earlier version, which cannot be gone on with. Its weights can start another: "
             f"--init {folder} --out OTHER"
@@ -89,7 +92,7 @@ def suits(cfg: Any, folder: Path, state: dict[str, Any] | None, data: str, chang
             f"{changed}. Put back what was there, or go on with --accept-changed-data, or choose another --out, or "
             "delete that run with --resume never"
         )
-    return [f"{changed}; the steps to come take their images from these"]
+    return [f"{changed}; {'it was finished before' if finished else 'the steps to come take their images from these'}"]
 
 
 def take_up(
@@ -125,10 +128,11 @@ def take_up(
         return None, [], False
     records = read_metrics(folder)
     state, complaints = checkpoint.load(checkpoints)
-    if records and records[-1].get("finished"):
+    finished = bool(records and records[-1].get("finished"))
+    complaints += suits(cfg, folder, state, data, changes, finished)
+    if finished:
         afresh = [] if again else [f"This run is finished. {AFRESH}"]
         return None, [*complaints, results(folder, records[-1]), *afresh], True
-    complaints += suits(cfg, folder, state, data, changes)
     if job != before:
         job.write(folder)
     if state:

@@ -173,10 +173,11 @@ def dry_run(cfg: Any, world: int) -> None:
     state, records = None, []
     if cfg.resume != "never" and begun(cfg, folder):
         state, records = checkpoint.load(folder / "checkpoints", aside=False)[0], read_metrics(folder)
-        if records and records[-1].get("finished"):
+        finished = bool(records and records[-1].get("finished"))
+        suits(cfg, folder, state, fingerprint(data), lambda: changes(folder / LISTED, data), finished)
+        if finished:
             print(f"The run in {folder} is finished: the same command shows its results. {AFRESH}")
             return
-        suits(cfg, folder, state, fingerprint(data), lambda: changes(folder / LISTED, data))
     visible = torch.cuda.device_count()
     found = plan(
         cfg, about(data), len(data.train), torch.device("cuda" if cfg.gpus != 0 and visible else "cpu"), world=world,

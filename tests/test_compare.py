@@ -89,6 +89,16 @@ def test_the_newest_result_of_each_kind_counts(make, page, capsys):
     assert row(said, "Nearest neighbours on pets (k 5): top-1") == ["30%", "–"]
 
 
+def test_figures_of_h_stand_in_a_row_whatever_else_was_measured(make, page, capsys):
+    both = {"settings": {"k": 5, "layer": "both"}, "figures": {"top-1": 0.25, "top-1 of z": 0.5}}
+    later = {"settings": {"k": 5, "layer": "h"}, "figures": {"top-1": 0.75}, "when": "2026-12-02T00:00:00Z"}
+    runs = make("a", result(step=3, **both), result(step=3, **later)), make("b", result(step=3, **both))
+    assert command(page, *runs) == 0
+    said = capsys.readouterr().out
+    assert row(said, "Nearest neighbours on pets: top-1") == ["75%\u00a0★", "25%"]
+    assert row(said, "Nearest neighbours on pets: top-1 of z") == ["50%", "50%"]
+
+
 def test_other_data_are_said_first(make, page, capsys):
     shown = [make("a", result()), make("b", result(data="food", step=3), data="/data/food", batch=512)]
     assert command(page, *shown) == 0

@@ -12,6 +12,7 @@ import pytest
 
 from simclr_fast import report
 from simclr_fast.evaluation import page as evaluation_page
+from simclr_fast.evaluation.job import MODES
 from simclr_fast.evaluation.page import add_evaluations
 from simclr_fast.evaluation.results import read_all
 from simclr_fast.pages import parts
@@ -190,9 +191,8 @@ def test_each_share_of_the_labels_is_a_measurement(page):
 def test_settings_of_one_mode_are_those_that_their_help_names(protocol):
     source = (Path(evaluation_page.__file__).parent / f"{protocol}.py").read_text()
     named = re.findall(r'    (\w+): [^\n]*\n    """(\w+): ', source)
-    for kind, keys in evaluation_page.ONLY.items():
-        owner, mode = kind.split()
-        assert owner != protocol or [key for key, of in named if of == mode] == [*keys]
+    for mode, keys in MODES[protocol].items():
+        assert [key for key, of in named if of == mode] == [*keys]
     assert named
 
 

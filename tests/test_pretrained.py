@@ -238,8 +238,14 @@ def test_damaged_files_are_refused(tmp_path, keep):
     path = tmp_path / "checkpoints" / "last.pt"
     path = shutil.copy(path, tmp_path / "cut.pt")  # the other names are links to the same file
     os.truncate(path, int(keep * path.stat().st_size) if isinstance(keep, float) else keep)
-    with pytest.raises(CheckpointError, match=r"^cannot read .*cut.pt: [^\n]+$"):
+    with pytest.raises(CheckpointError, match=r"^cannot read .*cut.pt: [^\n]+; weights .* need --arch$"):
         load(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"an image, say")
+    with pytest.raises(CheckpointError, match="model.onnx: it is no checkpoint, or not a whole one; weights .* --arch"):
+        load(tmp_path / "model.onnx")
 
 
 def rewritten(folder: Path, **changes) -> Path:

@@ -75,6 +75,12 @@ def test_changed_images_are_refused_unless_told(own_images, tmp_path, monkeypatc
     assert before == {path.name: path.read_bytes() for path in (out / "checkpoints").iterdir()}
     assert run(own_images, out, "--accept-changed-data") == 0
     assert "the steps to come take their images from these" in capsys.readouterr().out
+    assert run(own_images, out) == 0  # finished, on these
+    (own_images / "train" / "ant" / "0.jpg").write_bytes(jpeg(1234))
+    assert run(own_images, out) == 2
+    assert re.search(named, capsys.readouterr().err)
+    assert run(own_images, out, "--accept-changed-data") == 0
+    assert "it was finished before" in capsys.readouterr().out
 
 
 def test_auto_finds_chunks_that_fit_and_they_change_nothing(images, tmp_path, monkeypatch, capsys):

@@ -138,7 +138,7 @@ def test_a_set_that_was_named_must_be_there(checkpoint: Path, tmp_path: Path):
         rf"{tmp_path}/birdsnap/train and test; --download fetches it \(food101 4.7 GiB\)",
     ):
         evaluated(checkpoint, tmp_path, sets=("food101", "birdsnap"))
-    with pytest.raises(ConfigError, match="data must be a folder with a folder for each set .*, got .*none"):
+    with pytest.raises(ConfigError, match="data must be a folder with a folder for .*, got .*none, which is not there"):
         evaluated(checkpoint, tmp_path / "none")
     with pytest.raises(ConfigError, match="sets must be one of .*, got 'cifar'; did you mean 'cifar1"):
         transfer.Settings(checkpoint="", sets=("cifar",))
@@ -181,7 +181,8 @@ def test_fine_tuning_with_several_classes_an_image(checkpoint: Path, tmp_path: P
         ({"lrs": (0.0,)}, "lrs must be positive"),
         ({"lrs": ()}, "lrs must be"),
     ]
-    + [({"decays": (-1.0,)}, "decays must be numbers from 0"), ({"batch": 0}, "batch must be at least 2")],
+    + [({"decays": (-1.0,)}, "decays must be numbers from 0"), ({"batch": 0}, "batch must be at least 2")]
+    + [({"steps": 10}, "steps must be left out without --mode finetune, got steps=10")],
 )
 def test_settings_that_cannot_be(wrong: dict, message: str):
     with pytest.raises(ConfigError, match=message):
@@ -203,7 +204,9 @@ def test_two_processes_find_what_one_does(mode: str, checkpoint: Path, tmp_path:
         "fp32",
         "--no-cache",
     ]
-    flags += ["--mode", mode, "--steps", "4", "--lrs", "0.01", "0.03", "--decays", "0", "--batch", "12"]
+    flags += ["--mode", mode]
+    if mode == "finetune":
+        flags += ["--steps", "4", "--lrs", "0.01", "0.03", "--decays", "0", "--batch", "12"]
     found = []
     for ranks in ("1", "2"):
         assert main(["transfer", *flags, "--ranks", ranks, "--out", str(tmp_path / ranks)]) == 0

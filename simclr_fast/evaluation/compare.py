@@ -228,7 +228,11 @@ def _grouped(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, dict[str, A
         for result in run.results:  # oldest first: the newest stays
             special = told(distinct(result, every))
             label = f"{name(result)} on {images(result, every)}{f' ({special})' if special else ''}"
-            found.setdefault((label, str(result.get("protocol"))), {})[run.name] = result
+            cells = found.setdefault((label, str(result.get("protocol"))), {})
+            before = cells.get(run.name)
+            if before and before.get("step") == result.get("step"):  # the figures of h, say, and later those of z
+                result = {**result, "figures": {**before["figures"], **result["figures"]}}
+            cells[run.name] = result
     return dict(sorted(found.items(), key=lambda one: (one[0][1], one[0][0])))
 
 

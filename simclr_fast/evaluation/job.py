@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +76,22 @@ class Common(Work):
         super().__post_init__()
         self.require("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
 
+    def require_mode(self, protocol: str, mode: str) -> None:
+        """
+        Raises:
+            ConfigError: a flag is given that counts in another mode of the protocol alone.
+        """
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        for other, names in MODES[protocol].items():
+            for name in names if other != mode else ():
+                self.require(name, getattr(self, name) == usual[name], f"left out without --mode {other}")
 
+
+MODES = {
+    "linear": {"exact": ("holdout", "l2"), "sgd": ("batch", "epochs", "lr", "weight_decay")},
+    "transfer": {"linear": (), "finetune": ("steps", "batch", "lrs", "decays")},
+}
+"""By protocol and mode the flags that count in that mode alone."""
 TRIES = 3  # to load a checkpoint on every rank before the next one is written
 NEUTRAL = (
     *("checkpoint", "data", "download", "tolerate_unreadable", "gpus", "ranks", "workers", "cache", "timeout", "out"),

@@ -59,6 +59,7 @@ class Settings(Common):
         self.require("epochs", self.epochs >= 1, "at least 1")
         self.require("lr", self.lr > 0, "positive")
         self.require("weight_decay", self.weight_decay >= 0, "0 or more")
+        self.require_mode("linear", self.mode)
 
 
 def run(settings: Settings, job: Job) -> Result:

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from simclr_fast.evaluation.job import MODES
 from simclr_fast.evaluation.measures import per_class
 from simclr_fast.pages import charts, parts
 from simclr_fast.pages.document import replace_marked
@@ -24,13 +25,7 @@ NAMES = {
     "transfer finetune": "Transfer, fine-tuned",
     "probe": "What h keeps and g(h) loses",
 }
-ONLY = {
-    "linear exact": ("holdout", "l2"),
-    "linear sgd": ("batch", "epochs", "lr", "weight_decay"),
-    "transfer linear": (),
-    "transfer finetune": ("steps", "batch", "lrs", "decays"),
-}
-"""Settings that count in one mode of a protocol alone."""
+SAID = {"knn": ("layer",)}  # by protocol, settings that the names of its figures say
 SQUARE = 25  # classes up to which a confusion matrix is shown whole
 OPEN = 12  # classes up to which their accuracies are shown unasked
 CHOSEN = " (chosen)"  # after the value of a table that was taken
@@ -65,7 +60,8 @@ def evaluations(results: Sequence[Record]) -> str:
         return ""
     first.sort(key=lambda one: _place(one[0]))
     text = "What the encoder is worth for other tasks than its own."
-    content = overview([result for result, _ in (*first, *others)]) if len(first) + len(others) > 1 else ""
+    every = sorted((result for result, _ in (*first, *others)), key=_place)
+    content = overview(every) if len(every) > 1 else ""
     content += "".join(f"<article>{card}</article>" for _, card in first)
     folded = "".join(
         f'<details><summary>{escape(name(one))} <small class="date">{escape(_when(one))}</small></summary>'
@@ -122,10 +118,11 @@ def _kind(result: Record) -> str:
 
 def _counting(result: Record) -> dict[str, Any]:
     """Its settings that count in its mode."""
-    kind, protocol = _kind(result), str(result.get("protocol"))
-    others = {key for other, keys in ONLY.items() if other.split()[0] == protocol and other != kind for key in keys}
-    idle = others if kind in ONLY else ()
-    return {key: value for key, value in (result.get("settings") or {}).items() if key not in idle}
+    settings = result.get("settings") or {}
+    modes, mode = MODES.get(str(result.get("protocol")), {}), settings.get("mode")
+    others = {key for other, keys in modes.items() if other != mode for key in keys}
+    idle = (others if mode in modes else set()) | {*SAID.get(str(result.get("protocol")), ())}
+    return {key: value for key, value in settings.items() if key not in idle}
 
 
 def images(result: Record, results: Sequence[Record]) -> str:

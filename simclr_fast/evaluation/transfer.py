@@ -63,6 +63,7 @@ class Settings(Common):
         self.require("batch", self.batch is None or self.batch >= 2, "at least 2, for BatchNorm")
         self.require("lrs", bool(self.lrs) and all(0 < lr < math.inf for lr in self.lrs), "positive numbers")
         self.require("decays", bool(self.decays) and all(0 <= d < math.inf for d in self.decays), "numbers from 0 on")
+        self.require_mode("transfer", self.mode)
         for name in self.sets:
             choose("sets", name, BENCHMARKS)
         self.require("sets", len(set(self.sets)) == len(self.sets), "names that differ")
@@ -131,7 +132,9 @@ def open_tasks(settings: Settings, job: Job) -> tuple[list[Task], list[str]]:
             f"{places}{f'; --download fetches it ({sizes})' if fetched else ''}"
         )
     if not tasks:
-        raise ConfigError(f"data must be a folder with a folder for each set ({', '.join(BENCHMARKS)}), got {folder}")
+        missing = "" if folder.exists() else ", which is not there"
+        rule = f"data must be a folder with a folder for each set ({', '.join(BENCHMARKS)})"
+        raise ConfigError(f"{rule}, got {folder}{missing}")
     return tasks, absent
 
 
