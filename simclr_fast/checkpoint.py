@@ -153,8 +153,10 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**17))
+            file.read()  # what the disk says of the file's end, zipfile would take for damage
             if not zipfile.is_zipfile(file):
-                raise CheckpointError("it is no checkpoint, or not a whole one")
+                raise zipfile.BadZipFile("it is no checkpoint, or not a whole one")
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()  # torch.load does not look at the checksums that torch.save writes
         if part is not None:

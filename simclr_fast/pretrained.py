@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard, cast
@@ -243,9 +244,9 @@ def _checkpoint(path: Path) -> Any:
     except checkpoint.CheckpointError as error:
         names = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
         others = [str(path.with_name(name)) for name in names if name != path.name and path.with_name(name).is_file()]
-        if path.name not in names:
+        if path.name not in names and isinstance(error.__cause__, zipfile.BadZipFile):
             raise checkpoint.CheckpointError(f"{error}; weights that are of no run need --arch") from error
-        if not others:
+        if path.name not in names or not others:
             raise
         raise checkpoint.CheckpointError(f"{error}; there is also {' and '.join(others)}") from error
 

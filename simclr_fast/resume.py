@@ -15,8 +15,9 @@ from simclr_fast.record import METRICS, RunError, read_metrics, write_text
 from simclr_fast.training.interrupt import remove_marker
 
 AFRESH = "To start it afresh, give --resume never."
-JOB = ".job"
-"""File in a run's folder: the name of the job that began it or went on with it last, then its launchers' numbers."""
+CONFIG, JOB = "config.json", ".job"
+"""Files in a run's folder: its settings; the job that began it or went on with it last, its name, then its launchers'
+numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def begun(cfg: Any, folder: Path) -> bool:
     Raises:
         RunError: it holds one with others.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.exists():
         if (folder / "checkpoints").exists():
             raise RunError(f"{folder} holds checkpoints and no config.json. Choose another --out, or --resume never")
@@ -83,7 +84,7 @@ def suits(
             f"{folder} holds a run of an earlier version, which cannot be gone on with. Its weights can start another: "
             f"--init {folder} --out OTHER"
         )
-    if not state or state["data"] == data:
+    if not state or state.get("data", data) == data:  # an earlier version did not say
         return []
     named = changes()
     changed = f"{folder} holds a run on {state['data']}, and {cfg.data} now has {data}{': ' * bool(named)}{named}"
@@ -95,10 +96,21 @@ def suits(
     return [f"{changed}; {'it was finished before' if finished else 'the steps to come take their images from these'}"]
 
 
-def take_up(
-    cfg: Any, folder: Path, data: str, changes: Callable[[], str], job: Job
-) -> tuple[dict[str, Any] | None, list[str], bool]:
-    """What the run folder says: (state to go on from or None, lines to show, whether the run is finished).
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What `take_up` found in a run's folder."""
+
+    state: dict[str, Any] | None = None
+    """Of the checkpoint to go on from."""
+    lines: tuple[str, ...] = ()
+    """To be shown."""
+    finished: bool = False
+    new: bool = False
+    """Whether `begin` is to be called before anything is written."""
+
+
+def take_up(cfg: Any, folder: Path, data: str, changes: Callable[[], str], job: Job) -> Found:
+    """What the run folder says; what is there stays, but for damaged checkpoints, which get other names.
 
     Args:
         data: what the images are now, their fingerprint.
@@ -109,36 +121,46 @@ def take_up(
             of this job.
         CheckpointError: it has checkpoints, and none can be read.
     """
-    path, checkpoints = folder / "config.json", folder / "checkpoints"
-    remove_marker(folder)
     before = Job.of(folder)
-    again = bool(job.launchers & before.launchers)
-    if again:
-        job = Job(job.name, job.launchers | before.launchers)
-    if cfg.resume == "never" and not again:
-        if job.name and job.name == before.name and (path.exists() or checkpoints.exists()):
+    if cfg.resume == "never" and not job.launchers & before.launchers:
+        there = (folder / CONFIG).exists() or (folder / "checkpoints").exists()
+        if job.name and job.name == before.name and there:
             raise RunError(
                 f"--resume never would delete the run in {folder}, and it may be this job's own: its torchrun had the "
                 f"same --rdzv-id, {job.name}. Delete that folder, or give another --rdzv-id, or another --out"
             )
-        _delete(folder)
+        return Found(new=True)
+    remove_marker(folder)
     if not begun(cfg, folder):
-        job.write(folder)  # before the run is one that can be gone on with
-        write_text(path, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-        return None, [], False
+        return Found(new=True)
     records = read_metrics(folder)
-    state, complaints = checkpoint.load(checkpoints)
+    state, lines = checkpoint.load(folder / "checkpoints")
     finished = bool(records and records[-1].get("finished"))
-    complaints += suits(cfg, folder, state, data, changes, finished)
+    lines += suits(cfg, folder, state, data, changes, finished)
     if finished:
-        afresh = [] if again else [f"This run is finished. {AFRESH}"]
-        return None, [*complaints, results(folder, records[-1]), *afresh], True
-    if job != before:
-        job.write(folder)
+        again = [] if job.launchers & before.launchers else [f"This run is finished. {AFRESH}"]
+        return Found(None, (*lines, results(folder, records[-1]), *again), finished=True)
+    if (signed := _signed(job, before)) != before:
+        signed.write(folder)
     if state:
         epoch = min(state["step"] * cfg.batch / state["images"], cfg.epochs)
-        complaints.append(f"Going on after epoch {epoch:.3g} of {cfg.epochs}, step {state['step']:,}, from {folder}")
-    return state, complaints, False
+        lines.append(f"Going on after epoch {epoch:.3g} of {cfg.epochs}, step {state['step']:,}, from {folder}")
+    return Found(state, tuple(lines))
+
+
+def begin(cfg: Any, folder: Path, job: Job) -> None:
+    """Begin a run of this job; with `--resume never` the one that is there is deleted."""
+    before = Job.of(folder)
+    remove_marker(folder)
+    if cfg.resume == "never" and not job.launchers & before.launchers:
+        _delete(folder)
+    _signed(job, before).write(folder)  # before the run is one that can be gone on with
+    write_text(folder / CONFIG, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+
+
+def _signed(job: Job, before: Job) -> Job:
+    """The job, with the launchers that it had before if it is still the same."""
+    return Job(job.name, job.launchers | before.launchers) if job.launchers & before.launchers else job
 
 
 def _delete(folder: Path) -> None:
@@ -148,5 +170,5 @@ def _delete(folder: Path) -> None:
             shutil.rmtree(past)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()
-    for name in (METRICS, "report.html", "config.json"):  # the last one says whose the rest is
+    for name in (METRICS, "report.html", CONFIG):  # the last one says whose the rest is
         (folder / name).unlink(missing_ok=True)

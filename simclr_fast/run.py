@@ -80,6 +80,7 @@ class Run:
             accumulate=self.chunks, bn_images=self.bn_images, seed=cfg.seed, compiled=cfg.compile,
             timeout=cfg.timeout,
         )  # fmt: skip
+        self.online_note = ""
         self.online = self._classifier(state) if cfg.online_linear else None
 
     def _classifier(self, state: dict[str, Any] | None) -> OnlineLinear:
@@ -88,8 +89,10 @@ class Run:
         found = OnlineLinear(
             encoder, encoder.num_features, len(self.dataset.classes), pieces=self.update.pieces, group=self.ranks.group
         )
-        if state:
+        if state and state.get("classes", [*self.dataset.classes]) == [*self.dataset.classes]:
             found.load_state_dict(state["online"])
+        elif state:
+            self.online_note = "the classes are others than before: --online-linear begins anew"
         return found
 
     def _start_weights(self) -> str:
@@ -296,7 +299,7 @@ class Run:
                 "interval": rows, "pending": self.pending, "losses": self._losses, "watch": self.watch.state_dict(),
                 "warnings": self.warnings,
                 "best": best, "untrained": self.untrained,
-                "online": self.online.state_dict() if self.online else None,
+                "online": self.online.state_dict() if self.online else None, "classes": [*self.dataset.classes],
             }  # fmt: skip
             said = saver.save(state, best=score > self.best, final=final)
             return said, saver.failures == 0

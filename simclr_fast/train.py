@@ -40,7 +40,7 @@ from simclr_fast.launch import DIVERGED, USER_ERROR, job, launch, launched, spea
 from simclr_fast.models.weights import check_init
 from simclr_fast.optim import describe_lr
 from simclr_fast.record import Progress, Recorder, RunError, claimed, read_metrics
-from simclr_fast.resume import AFRESH, Job, begun, results, suits, take_up
+from simclr_fast.resume import AFRESH, CONFIG, Job, begin, begun, results, suits, take_up
 from simclr_fast.run import Run
 from simclr_fast.training.chunks import bn_images
 from simclr_fast.training.dry_run import hosts_of, plan
@@ -68,9 +68,10 @@ def prepare(cfg: Any, world: int, threads: int) -> Dataset:
         raise ConfigError(
             f"batch must be divisible by the number of processes, got batch={cfg.batch}, processes={world}"
         )
-    if cfg.accumulate != "auto" and not (cfg.folder() / "config.json").exists():  # a run's own blocks may be others
+    new = cfg.resume == "never" or not (cfg.folder() / CONFIG).exists()
+    if new and cfg.accumulate != "auto":  # a run's own blocks may be others
         even(cfg.batch, world, int(cfg.accumulate), bn_images(cfg, world, int(cfg.accumulate)))
-    if cfg.init and (cfg.resume == "never" or not (cfg.folder() / "config.json").exists()):
+    if new and cfg.init:
         check_init(cfg.init, cfg.arch)
     try:
         engine_name(cfg.loader)
@@ -97,23 +98,22 @@ def train(cfg: Any, ranks: Ranks) -> int:
     with ExitStack() as stack:
         ranks.from_main(lambda: stack.enter_context(claimed(folder)))
         listed = folder / LISTED
-        state, lines, finished = ranks.from_main(
-            lambda: take_up(cfg, folder, found, lambda: changes(listed, dataset), mine)
-        )
+        before = ranks.from_main(lambda: take_up(cfg, folder, found, lambda: changes(listed, dataset), mine))
         progress = Progress(speak=ranks.main)
-        ranks.from_main(lambda: write_skipped(folder / "skipped.tsv", dataset))
-        if not finished and (state is None or state["data"] != found):
-            ranks.from_main(lambda: write_images(listed, dataset))
-        for line in lines:
+        for line in before.lines:
             progress.say(line)
-        if finished:
+        if before.finished:
             return 0
-        try:
-            run = Run(cfg, ranks, dataset, state, found)
-        except ConfigError:
-            if ranks.main and not (folder / "checkpoints").exists():  # nothing was begun that other settings would harm
-                (folder / "config.json").unlink(missing_ok=True)
-            raise
+
+        def write() -> None:
+            if before.new:
+                begin(cfg, folder, mine)
+            write_skipped(folder / "skipped.tsv", dataset)
+            if before.state is None or before.state["data"] != found:
+                write_images(listed, dataset)
+
+        run = Run(cfg, ranks, dataset, before.state, found)  # which may refuse: until here what was there stays
+        ranks.from_main(write)
         for line in introduction(run):
             progress.say(line)
         recorder = Recorder(folder if ranks.main else None, run.step)
@@ -212,7 +212,7 @@ def introduction(run: Run) -> list[str]:
     if run.chunks > 1 or run.bn_images < cfg.batch:
         cut = f"{run.chunks} chunks of a batch; " if run.chunks > 1 else ""
         lines.append(f"{cut}BatchNorm takes its statistics over {run.bn_images:,} images")
-    notes = (run.init_note, run.input_note, run.probe.note, *slower_for(cfg.loader))
+    notes = (run.init_note, run.online_note, run.input_note, run.probe.note, *slower_for(cfg.loader))
     return lines + [line for line in notes if line]
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_no_flipped_bit_changes_what_is_read(tmp_path):
         assert torch.equal(again.pop("method"), small["method"])
         assert again == {"step": 1, "best": -1.5}
     assert found > len(content) / 9 / 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc")
+def test_a_failing_disk_is_no_damage(tmp_path):
+    checkpoint.save(tmp_path, state(1), best=True)
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "last.pt").symlink_to("/proc/self/mem")  # whose first bytes cannot be read
+    with pytest.raises(checkpoint.CheckpointError, match="Input/output error"):
+        checkpoint.load(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
 
 
 def test_code_in_a_checkpoint_is_refused(tmp_path):

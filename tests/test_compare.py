@@ -97,6 +97,9 @@ def test_figures_of_h_stand_in_a_row_whatever_else_was_measured(make, page, caps
     said = capsys.readouterr().out
     assert row(said, "Nearest neighbours on pets: top-1") == ["75%\u00a0★", "25%"]
     assert row(said, "Nearest neighbours on pets: top-1 of z") == ["50%", "50%"]
+    other = make("c", result(step=3, **both), result(step=3, **later, weights="others"))
+    assert command(page, other, runs[1]) == 0
+    assert row(capsys.readouterr().out, "Nearest neighbours on pets: top-1 of z") == ["–", "50%"]
 
 
 def test_other_data_are_said_first(make, page, capsys):

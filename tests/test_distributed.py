@@ -52,8 +52,8 @@ def one_rank(rank, world, port, results):
         "mean": ranks.mean(torch.tensor([float(rank)])),
         "shared": ranks.from_main(lambda: f"from {rank}"),
     }
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), ranks.group)
-    found["waited for"] = ranks.from_main(lambda: time.sleep(2.5) or "long work", patient=True)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=3), ranks.group)
+    found["waited for"] = ranks.from_main(lambda: time.sleep(4) or "long work", patient=True)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=600), ranks.group)
     found["alike"] = ranks.ends_alike(["red", "red", "blue"][rank])
     try:

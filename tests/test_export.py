@@ -250,6 +250,22 @@ def test_what_is_there_is_kept(tmp_path, run, capsys):
     assert sorted(child.name for child in tmp_path.iterdir()) == ["a.safetensors", "folder.safetensors", "home"]
 
 
+def test_the_folder_that_a_link_leads_to_is_written(tmp_path, run):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    assert command(run, "huggingface", tmp_path / "link") == 0
+    assert (tmp_path / "link").readlink() == Path("folder")
+    assert (tmp_path / "folder" / "README.md").is_file()
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, run, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command(run, "huggingface", ".") == 2
+    assert "out must be another folder than the current one, got out=." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_nothing_is_left_half_written(tmp_path, run, monkeypatch, capsys, error):
     out = tmp_path / "folder"

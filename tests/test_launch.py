@@ -25,8 +25,8 @@ __all__ = ["images"]  # a fixture is used by its name
 def job(tmp_path, monkeypatch):
     """Run a script as so many ranks; what it writes with `note(text)` comes back, in the order of the ranks' starts."""
     monkeypatch.setattr(launching, "PAUSE_S", 0.1)
-    monkeypatch.setattr(launching, "SETTLE_S", 0.5)
-    monkeypatch.setattr(launching, "PATIENCE_S", 3.0)
+    monkeypatch.setattr(launching, "SETTLE_S", 1.5)
+    monkeypatch.setattr(launching, "PATIENCE_S", 8.0)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 

@@ -1,5 +1,7 @@
 """The linear classifier beside pretraining: what it learns, that the encoder never feels it, ranks, chunks, resume."""
 
+import shutil
+import signal
 import subprocess
 
 import pytest
@@ -163,6 +165,23 @@ def test_resume_is_exact(images, tmp_path, monkeypatch):  # noqa: F811
     for name in whole:
         assert torch.equal(whole[name], cut[name]), name
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
+
+
+def test_other_classes_begin_anew(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+    own, out = shutil.copytree(images, tmp_path / "images"), tmp_path / "run"
+    asked = iter(range(1, 100))
+    monkeypatch.setattr(run_module.Interrupt, "wanted", lambda *_: (signal.SIGTERM if next(asked) == 4 else 0, False))
+    assert run(own, out, "--online-linear") == 75
+    monkeypatch.undo()
+    for part in ("train", "test"):
+        (own / part / "cat").mkdir()
+        for number in range(5):
+            (own / part / "cat" / f"{number}.jpg").write_bytes(jpeg(5000 + number))
+    capsys.readouterr()
+    assert run(own, out, "--online-linear", "--accept-changed-data") == 0
+    assert "the classes are others than before: --online-linear begins anew" in capsys.readouterr().out
+    state = checkpoint.read(out / "checkpoints" / "last.pt")
+    assert len(state["online"]["weight"]) == len(state["classes"]) == 3
 
 
 def test_two_ranks_learn_what_one_does(images, tmp_path):  # noqa: F811

@@ -16,6 +16,7 @@ from simclr_fast import run as run_module
 from simclr_fast.cli import parse
 from simclr_fast.record import RunError, read_metrics
 from simclr_fast.resume import Job, take_up
+from simclr_fast.resume import begin as begin_run
 from tests.train_common import ROOT, assert_same_bits, command, images, jpeg, run, weights
 
 __all__ = ["images"]  # a fixture is used by its name
@@ -81,6 +82,34 @@ def test_changed_images_are_refused_unless_told(own_images, tmp_path, monkeypatc
     assert re.search(named, capsys.readouterr().err)
     assert run(own_images, out, "--accept-changed-data") == 0
     assert "it was finished before" in capsys.readouterr().out
+
+
+def test_a_finished_run_of_an_earlier_version_shows_its_results(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(images, out, "--epochs", "1") == 0
+    last = out / "checkpoints" / "last.pt"
+    later = ("data", "bn_images", "classes")  # which it did not write
+    torch.save({name: value for name, value in checkpoint.read(last).items() if name not in later}, last)
+    capsys.readouterr()
+    assert run(images, out, "--epochs", "1") == 0
+    assert "This run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--bn-chunk", "3"), "bn_chunk must divide"),
+        (("--accumulate", "2", "--compile", "reduce-overhead"), "compile must be off or default for accumulate=2"),
+        (("--init", "torchvision"), "init"),
+    ],
+)
+def test_what_is_refused_deletes_no_run(images, tmp_path, capsys, flags, message):
+    out = tmp_path / "run"
+    assert run(images, out, "--epochs", "1") == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(images, out, "--epochs", "1", "--resume", "never", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_auto_finds_chunks_that_fit_and_they_change_nothing(images, tmp_path, monkeypatch, capsys):
@@ -177,7 +206,8 @@ def taken_up(out, resume, of):
     """Take up the run in a folder, as far as it goes; whether there is one after that."""
     cfg = parse("simclr_fast.train", ["--data", "nowhere", "--out", str(out), "--resume", resume])
     out.mkdir(exist_ok=True)
-    take_up(cfg, out, "images", str, of)
+    if take_up(cfg, out, "images", str, of).new:
+        begin_run(cfg, out, of)
     return bool(read_metrics(out))
 
 

@@ -230,7 +230,7 @@ def _grouped(runs: Sequence[Run]) -> dict[tuple[str, str], dict[str, dict[str, A
             label = f"{name(result)} on {images(result, every)}{f' ({special})' if special else ''}"
             cells = found.setdefault((label, str(result.get("protocol"))), {})
             before = cells.get(run.name)
-            if before and before.get("step") == result.get("step"):  # the figures of h, say, and later those of z
+            if before and before.get("weights") == result.get("weights"):  # the figures of h, say, and later those of z
                 result = {**result, "figures": {**before["figures"], **result["figures"]}}
             cells[run.name] = result
     return dict(sorted(found.items(), key=lambda one: (one[0][1], one[0][0])))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.config import ConfigError
+from simclr_fast.config import MOST_S, ConfigError
 from simclr_fast.data import Dataset, Split, fingerprint, open_dataset
 from simclr_fast.distributed import Ranks
 from simclr_fast.features import Extractor, embeddings
@@ -58,6 +58,7 @@ class Work(EncoderFlags):
         self.require("ranks", self.ranks >= 1, "at least 1")
         self.require("tolerate_unreadable", 0 <= self.tolerate_unreadable <= 1, "a share, 0 to 1")
         self.require("timeout", self.timeout > 0, "positive")
+        self.require("timeout", self.timeout <= MOST_S, f"at most {MOST_S:,} s")
         for name in ("gpus", "workers"):
             self.require(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
 

@@ -36,6 +36,8 @@ def check_target(
         try_folder(path.parent)
     except OSError as error:
         raise ConfigError(_unwritable(path, "folder" if files else "file", name, error)) from error
+    if files and path.resolve() == Path.cwd():
+        raise ConfigError(f"{name} must be another folder than the current one, got {name}={path}")
     if there:
         _check_there(path, overwrite, files, name)
 
@@ -78,6 +80,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
+    path = path.resolve()  # what a link leads to is replaced, not the link
     partial, old = (path.with_name(f".{path.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
