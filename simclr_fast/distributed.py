@@ -50,7 +50,9 @@ class Ranks:
         if use_gpu:
             torch.cuda.set_device(self.device)
         else:
-            torch.set_num_threads(self.threads)
+            asked = os.environ.get("OMP_NUM_THREADS", "")
+            own = not asked.isdecimal() or dist.is_torchelastic_launched()  # torchrun sets it to 1 by itself
+            torch.set_num_threads(self.threads if own else max(1, min(self.threads, int(asked))))
         self.group: dist.ProcessGroup | None = None
         self._store: dist.Store | None = None
         self._patient = 0  # calls of `from_main` so far whose end is in the store

@@ -51,15 +51,16 @@ def features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Te
 
 @torch.no_grad()
 def calibrated(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
-    """A copy of an encoder whose BatchNorm statistics are the average over `batches`; its weights are unchanged.
+    """A copy of an encoder whose BatchNorm statistics are the mean over the images of `batches`; its weights are
+    unchanged.
 
     An untrained network in eval mode would otherwise see the statistics 0 and 1 that it was made with.
     """
-    encoder = copy.deepcopy(encoder).train()
-    for module in encoder.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None
+    encoder, seen = copy.deepcopy(encoder).train(), 0
+    norms = [module for module in encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for images, _ in batches:
+        seen += len(images)
+        for norm in norms:
+            norm.momentum = len(images) / seen
         encoder(images)
     return encoder

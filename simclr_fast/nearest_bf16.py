@@ -1,12 +1,13 @@
 """The k nearest rows found in bf16 and compared in float32, on a CPU: the result is that of float32.
 
-A similarity s of unit rows x and y, computed from their roundings x' and y' and rounded itself, is off by at most
+A similarity of unit rows x and y, computed in float32 from their roundings x' and y', is off by at most
 
-    bound = |x - x'| |y'| + |x| |y - y'| + d 2^-23 + 2^-8 |s|
+    bound = |x - x'| |y'| + |x| |y - y'| + d 2^-23
 
-So at least k rows of the bank have s >= t - bound, where t is the k-th largest among the maxima, in bf16, of disjoint
-groups of rows; and whatever is below t - 2 bound in bf16 is not among the k nearest. The rest is compared in float32,
-row by row of the bank, so that each is read from memory once for many queries.
+and is then rounded to bf16, which keeps the order. Let t be the k-th largest among the maxima, in bf16, of disjoint
+groups of rows: at least k rows had halfway from the number below t to t, or more, before that was rounded. So the k
+nearest rows had no less than that - 2 bound, and what is below this, rounded, is not among them. The rest is compared
+in float32, row by row of the bank, so that each is read from memory once for many queries.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bounds(moved_bank: Tensor, moved_queries: Tensor, d: int) -> Tensor:
-    """[m]: the bound above but for its last term, for unit rows, for one query and all of the bank."""
+    """[m]: the bound above, for unit rows, for one query and all of the bank."""
     largest = moved_bank.max()
     return moved_queries * (1 + largest) + largest + d * 2.0**-23 + 1e-6  # 1e-6: unit rows are so in float32
 
@@ -85,14 +86,15 @@ def _search(values, indices, served, slack, queries, similar, bank):
     """
     (m, n), k = similar.shape, values.shape[1]
     maxima, counts = np.empty(n // GROUP, np.int16), np.empty(2048, np.int32)
-    rows, starts, most = np.empty(PAIRS + n, np.int32), np.zeros(m + 1, np.int64), max(n // NARROW, 2 * k)
+    rows, starts, most = np.empty(PAIRS + n + 1, np.int32), np.zeros(m + 1, np.int64), max(n // NARROW, 2 * k)
+    near = np.empty(n // GROUP + 1, np.int32)
     first = 0
     while first < m:
         last, count = first, 0
         while last < m and count <= PAIRS:
             _group(maxima, similar[last])
             cut = _cut(_largest(maxima, k, counts), slack[last])
-            after = _pick(rows, count, count + most, similar[last], maxima, cut) if cut > 0 else count
+            after = _pick(rows, count, similar[last], maxima, cut, near) if cut > 0 else count
             served[last] = count < after <= count + most
             count = after if served[last] else count
             last += 1
@@ -139,45 +141,52 @@ def _largest(maxima, k, counts):
 
 @_compiled
 def _cut(t, slack):
-    """Bits below which nothing is looked at, rounded down."""
-    bits = np.full(1, t << 16, np.int32)
+    """Bits below which nothing is looked at; 0 where that is nothing."""
+    bits = np.full(1, (t << 16) - (1 << 15), np.int32)
     number = bits.view(np.float32)
-    number[0] -= np.float32(2) * (slack + number[0] * np.float32(2.0**-8))
-    return bits[0] >> 16
+    number[0] -= np.float32(2) * slack
+    return (bits[0] + 0x7FFF + (bits[0] >> 16 & 1)) >> 16 if number[0] > 0 else 0  # to the nearest, ties to even
 
 
 @_compiled
-def _pick(rows, count, most, similar, maxima, cut):
-    """`count` and how many more rows of the bank are written behind it: those not below the cut, until above `most`."""
-    groups = len(maxima)
+def _pick(rows, count, similar, maxima, cut, near):
+    """`count` and how many more rows of the bank are written behind it: those that are not below the cut.
+
+    near: int32, longer than `maxima`; indices of no sign, as they cannot count from the end, take less time.
+    """
+    groups, found, last = len(maxima), np.uint64(0), np.uint64(count)
     for g in range(groups):
-        if maxima[g] >= cut and count <= most:
-            for row in range(g, GROUP * groups, groups):
-                rows[count] = row
-                count += similar[row] >= cut
+        near[found] = g
+        found += np.uint64(maxima[g] >= cut)
+    for i in range(GROUP):
+        part = similar[i * groups : (i + 1) * groups]
+        for g in near[:found]:
+            rows[last] = i * groups + g
+            last += np.uint64(part[np.uint64(g)] >= cut)
     for row in range(GROUP * groups, len(similar)):
-        rows[count] = row
-        count += similar[row] >= cut
-    return count
+        rows[last] = row
+        last += np.uint64(similar[row] >= cut)
+    return np.int64(last)
 
 
 @_compiled
 def _compare(rows, starts, queries, bank):
     """Similarities, float32, of query i and the rows[starts[i]:starts[i + 1]] of the bank."""
-    after = np.zeros(len(bank) + 1, np.int32)
+    after = np.zeros(len(bank) + 1, np.int64)
     for row in rows:
-        after[row + 1] += 1
+        after[np.uint64(row + 1)] += 1
     for row in range(len(bank)):
         after[row + 1] += after[row]
-    pairs, owners = np.empty(len(rows), np.int32), np.empty(len(rows), np.int32)
+    pairs = np.empty(len(rows), np.int64)  # by row of the bank: the query, in the lower half the place in `rows`
     for query in range(len(queries)):
         for pair in range(starts[query], starts[query + 1]):
-            place = after[rows[pair]]
-            after[rows[pair]] += 1
-            pairs[place], owners[place] = pair, query
+            row = np.uint64(rows[pair])
+            pairs[np.uint64(after[row])] = query << 32 | pair
+            after[row] += 1
     exact = np.empty(len(rows), np.float32)
-    for place in range(len(rows)):
-        exact[pairs[place]] = _dot(queries[owners[place]], bank[rows[pairs[place]]])
+    for both in pairs:
+        pair = both & 0xFFFFFFFF
+        exact[pair] = _dot(queries[both >> 32], bank[rows[pair]])
     return exact
 
 

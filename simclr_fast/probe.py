@@ -89,18 +89,23 @@ class Probe:
         ]
         return knn.accuracy(bank, labels[0], queries, labels[1])
 
-    def untrained(self, encoder: nn.Module) -> dict[str, float]:
-        """Accuracies without training: of raw pixels, and of an encoder with its first weights."""
+    def untrained(self, encoder: nn.Module, given: bool = False) -> dict[str, float]:
+        """Accuracies without training: of raw pixels, and of an encoder with its first weights.
+
+        Args:
+            given: these are not random, and come with the statistics of their BatchNorm.
+        """
         if not self.labelled:
             return {}
         found = {}
         if len(self.bank) * 3 * self.policy.size**2 <= PIXEL_NUMBERS:
             found["raw pixels"] = self.accuracy(nn.Flatten())
-        some = self.bank[:: max(1, len(self.bank) // (4 * EVAL_BATCH))]
+        if given:
+            return found | {"initial encoder": self.accuracy(encoder)}
+        some = np.random.default_rng(0).permutation(self.bank)[: 4 * EVAL_BATCH]  # in folders a class follows another
         with self._autocast:
             calibrated = knn.calibrated(encoder, self._images(self.train, some))
-        found["untrained encoder"] = self.accuracy(calibrated)
-        return found
+        return found | {"untrained encoder": self.accuracy(calibrated)}
 
     def pictures(self, encoder: nn.Module, seed: int) -> dict[str, Any]:
         """For the report: `views`, uint8 [n, 3, S, S, 3] (image, view 1, view 2), and `neighbours` of test images."""

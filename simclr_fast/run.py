@@ -72,7 +72,7 @@ class Run:
         if state:
             self._take_up(state)
         else:
-            self.untrained = self.probe.untrained(self.method.encoder)
+            self.untrained = self.probe.untrained(self.method.encoder, given=bool(cfg.init))
         saved = state["bn_images"] if state else None
         self.chunks, self.bn_images = divide(cfg, ranks.world, saved, self._fits, ranks.most)
         self.update = Step(

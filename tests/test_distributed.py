@@ -138,3 +138,19 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match="processes on a host must be at most its visible GPUs, 2, got 4"):
         Ranks(use_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "torchrun", "threads"), [("1", False, 1), ("9", False, 2), ("", False, 2), ("1", True, 2)]
+)
+def test_omp_num_threads_counts_unless_torchrun_has_set_it(monkeypatch, asked, torchrun, threads):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    try:
+        assert Ranks(use_gpu=False).threads == 2  # for the input
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -57,7 +57,7 @@ def test_a_small_temperature_overflows_nothing():
 def test_calibration_averages_the_batches_and_leaves_the_encoder_alone():
     encoder = nn.Sequential(nn.BatchNorm2d(3))
     images = 5 + 2 * torch.randn(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    calibrated = knn.calibrated(encoder, [(images[:10], None), (images[10:], None)])
+    calibrated = knn.calibrated(encoder, [(images[:16], None), (images[16:], None)])
     torch.testing.assert_close(calibrated[0].running_mean, images.mean((0, 2, 3)))
     assert torch.equal(encoder[0].running_mean, torch.zeros(3))
 

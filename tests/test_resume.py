@@ -169,6 +169,9 @@ def test_weights_of_a_run_start_another(images, tmp_path, capsys):
     name = "method.encoder.conv1.weight"
     torch.testing.assert_close(first[name], second[name])
     assert json.loads((tmp_path / "second" / "config.json").read_text())["init"] == str(tmp_path / "first")
+    known = [read_metrics(tmp_path / name)[-1]["knn"] for name in ("first", "second")]
+    assert list(known[1]) == ["raw pixels", "initial encoder", "trained encoder"]
+    assert known[1]["initial encoder"] == known[0]["trained encoder"]
     assert run(images, tmp_path / "third", "--init", str(tmp_path / "nowhere")) == 2
     assert "init" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()

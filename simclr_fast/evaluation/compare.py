@@ -90,14 +90,14 @@ def main(settings: Settings) -> int:
     with writing(out.parent):
         try_folder(out.parent)
     runs = read(settings.runs)
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, page(runs))
     for warning in warnings(runs):
         print(f"{warning}\n")
     for title, rows in tables(runs):
         cells = [[first, *map(_ending, rest)] for first, *rest in [["", *(run.name for run in runs)], *rows]]
         print("\n".join([title, *aligned(cells), ""]))
-    with writing(out.parent):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page(runs))
     print(f"page {out}")
     return 0
 

@@ -22,7 +22,7 @@ class Settings(Common):
     """Nearest neighbours by cosine similarity, their votes weighted by exp(similarity / temperature)."""
 
     k: int | None = None
-    """Neighbours. Without it: 200, or 20 for up to 10,000 training images."""
+    """Neighbours, all where there are fewer. Without it: 200, or 20 for up to 10,000 training images."""
 
     temperature: float = 0.1
     """Of the votes' weights."""

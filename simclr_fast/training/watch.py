@@ -177,7 +177,7 @@ class Watch:
                 f"{self.chance:.3f} (perfect embeddings: {self.floor:.3f}), and of the N second views a view finds its "
                 f"own in {top1:.2%} of cases (chance: {1 / self.batch:.2%}). First {VIEWS}: do two views of an image "
                 f"have something in common that other images lack, or are all images alike? Then try another "
-                f"--base-lr (lr is {self.schedule(step):.4g}){tau}"
+                f"--base-lr (lr is {self.schedule(step):.4g}) or a larger --trust-coefficient{tau}"
             ]
         return []
 
