@@ -21,7 +21,8 @@ from torch import Tensor
 from simclr_fast.compiled import compiled as _compiled
 
 GROUP = 16  # rows of the bank: i, i + n / GROUP, i + 2 n / GROUP, ...
-BLOCK = 1024  # queries whose similarities are held at a time
+BLOCK, NUMBERS = 2048, 1 << 29  # queries, and similarities, that are held at a time
+CACHED = 1024  # rows that are rounded at a time
 NARROW = 16  # a query that more than this part of the bank may be near to is left to float32
 PAIRS = 1 << 19  # of a query and a row of the bank, that are compared at a time
 
@@ -29,8 +30,8 @@ PAIRS = 1 << 19  # of a query and a row of the bank, that are compared at a time
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, d] in bf16, and [n] how far each row is moved by that; not finite where a row is not."""
     small, moved = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(len(x))
-    for first in range(0, len(x), BLOCK):  # in the cache
-        part = slice(first, first + BLOCK)
+    for first in range(0, len(x), CACHED):
+        part = slice(first, first + CACHED)
         small[part] = x[part]
         moved[part] = (x[part] - small[part].float()).norm(dim=1)
     return small, moved
@@ -53,7 +54,8 @@ def searched(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | N
         return None
     (m, n), threads = (len(queries), len(bank)), torch.get_num_threads()
     values, indices = queries.new_empty(m, k), torch.empty(m, k, dtype=torch.int64)
-    served, similar = torch.zeros(m, dtype=torch.bool), torch.empty(min(BLOCK, m), n, dtype=torch.bfloat16)
+    most = max(1, min(BLOCK, NUMBERS // n, m))
+    served, similar = torch.zeros(m, dtype=torch.bool), torch.empty(most, n, dtype=torch.bfloat16)
     bank, queries = bank.contiguous(), queries.contiguous()
     of_queries = [one.numpy() for one in (values, indices, served, slack, queries)]
 
@@ -64,14 +66,14 @@ def searched(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor] | N
     last = 0
     with ThreadPoolExecutor(threads) as pool:
         while last < m and int(served[:last].sum()) * 2 >= last:  # else the bank is so narrow that bf16 is no help
-            first, last = last, min(last + BLOCK, m)
+            first, last = last, min(last + most, m)
             block = torch.mm(queries16[first:last], bank16.T, out=similar[: last - first])
             share = -(-len(block) // threads)
             starts = range(0, len(block), share)
             parts = [slice(first + start, min(first + start + share, last)) for start in starts]
             for done in [pool.submit(search, *part) for part in zip(parts, block.split(share), strict=True)]:
                 done.result()
-    for rows in (~served).nonzero()[:, 0].split(BLOCK):
+    for rows in (~served).nonzero()[:, 0].split(most):
         values[rows], indices[rows] = (queries[rows] @ bank.T).topk(k)
     return values, indices
 
