@@ -113,7 +113,7 @@ def pretrained(arch: str, image_size: int) -> tuple[str, dict[str, Tensor]]:
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
-    return (str(error) or repr(error)).strip().split("\n")[0]
+    return (str(error) or repr(error)).strip().split("\n")[0].removesuffix(".")
 
 
 def _created(arch: str, image_size: int, **options: Any) -> Any:
