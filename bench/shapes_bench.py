@@ -18,8 +18,8 @@ from _harness import append
 from simclr_fast.record import read_metrics
 
 CONTROL = (
-    "import functools, sys; from simclr_fast import train; "
-    "train.Policy = functools.partial(train.Policy, flip=0.0, jitter_p=0.0, gray_p=0.0); "
+    "import functools, sys; from simclr_fast import run, train; "
+    "run.Policy = functools.partial(run.Policy, flip=0.0, jitter_p=0.0, gray_p=0.0); "
     "sys.exit(train.main(sys.argv[1:] + ['--min-area', '1']))"
 )
 

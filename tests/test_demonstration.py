@@ -4,6 +4,7 @@ import functools
 
 import pytest
 
+from simclr_fast import run as run_module
 from simclr_fast import train
 from simclr_fast.record import read_metrics
 
@@ -24,6 +25,6 @@ def test_learning_shows(tmp_path, seed):
 
 @pytest.mark.slow
 def test_without_augmentation_little_is_learnt(tmp_path, monkeypatch):
-    plain = functools.partial(train.Policy, flip=0.0, jitter_p=0.0, gray_p=0.0)
-    monkeypatch.setattr(train, "Policy", plain)
+    plain = functools.partial(run_module.Policy, flip=0.0, jitter_p=0.0, gray_p=0.0)
+    monkeypatch.setattr(run_module, "Policy", plain)
     assert accuracies(tmp_path / "run", "--min-area", "1")["trained encoder"] < 0.60
