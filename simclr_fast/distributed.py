@@ -50,7 +50,7 @@ class Ranks:
         if use_gpu:
             torch.cuda.set_device(self.device)
         else:
-            asked = os.environ.get("OMP_NUM_THREADS", "")
+            asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
             own = not asked.isdecimal() or dist.is_torchelastic_launched()  # torchrun sets it to 1 by itself
             torch.set_num_threads(self.threads if own else max(1, min(self.threads, int(asked))))
         self.group: dist.ProcessGroup | None = None

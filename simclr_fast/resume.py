@@ -110,7 +110,8 @@ class Found:
 
 
 def take_up(cfg: Any, folder: Path, data: str, changes: Callable[[], str], job: Job) -> Found:
-    """What the run folder says; what is there stays, but for damaged checkpoints, which get other names.
+    """What the run folder says. Its run stays; one that is gone on with loses its marker and gets this job's name, and
+    damaged checkpoints get other names.
 
     Args:
         data: what the images are now, their fingerprint.

@@ -89,7 +89,8 @@ class Run:
         found = OnlineLinear(
             encoder, encoder.num_features, len(self.dataset.classes), pieces=self.update.pieces, group=self.ranks.group
         )
-        if state and state.get("classes", [*self.dataset.classes]) == [*self.dataset.classes]:
+        before = state and state.get("classes", self.dataset.classes if state["data"] == self.data else None)
+        if state and before is not None and [*before] == [*self.dataset.classes]:
             found.load_state_dict(state["online"])
         elif state:
             self.online_note = "the classes are others than before: --online-linear begins anew"

@@ -87,8 +87,12 @@ def prepare(cfg: Any, world: int, threads: int) -> Dataset:
     return dataset
 
 
-def train(cfg: Any, ranks: Ranks) -> int:
-    """The whole job on one rank; returns the signal that stopped it, or 0."""
+def train(cfg: Any, ranks: Ranks, own: list[Path]) -> int:
+    """The whole job on one rank; returns the signal that stopped it, or 0.
+
+    Args:
+        own: gets the folder once what it holds is the run that is trained.
+    """
     dataset = prepare(cfg, ranks.world, ranks.threads)
     found = fingerprint(dataset)
     ranks.agree(found, f"data must be the same on every rank, and {cfg.data} is not")
@@ -112,8 +116,11 @@ def train(cfg: Any, ranks: Ranks) -> int:
             if before.state is None or before.state["data"] != found:
                 write_images(listed, dataset)
 
-        run = Run(cfg, ranks, dataset, before.state, found)  # which may refuse: until here what was there stays
+        if not before.new:
+            own.append(folder)
+        run = Run(cfg, ranks, dataset, before.state, found)  # which may refuse: until here a run that was there stays
         ranks.from_main(write)
+        own.append(folder)
         for line in introduction(run):
             progress.say(line)
         recorder = Recorder(folder if ranks.main else None, run.step)
@@ -141,9 +148,14 @@ def _requeue(folder: Path, stopped: int, step: int) -> None:
     tell(f"stopped after step {step:,} with a checkpoint; the same command goes on from it")
 
 
-def _stop_outside(folder: Path | None, stopped: int) -> int:
-    """TERM or USR1 while nothing is trained: the exit status, and if there is a checkpoint the marker."""
-    if folder is None or not (folder / "checkpoints" / checkpoint.LAST).exists():
+def _stop_outside(cfg: Any, own: list[Path], stopped: int) -> int:
+    """TERM or USR1 while nothing is trained: the exit status, and if there is a checkpoint to go on from the marker."""
+    folder = cfg.folder()
+    try:
+        goes_on = bool(own) or (cfg.resume != "never" and begun(cfg, folder))
+    except RunError:  # of other settings
+        goes_on = False
+    if not goes_on or not (folder / "checkpoints" / checkpoint.LAST).exists():
         return 128 + stopped
     if os.environ.get("RANK", "0") == "0":
         try:
@@ -232,10 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: list[str], joined: list[Ranks]) -> int:
     """The exit status; what `joined` gets is to be closed."""
-    folder = None
+    cfg, own = None, list[Path]()
     try:
         cfg = parse(MODULE, argv)
-        folder = cfg.folder()
         if cfg.dry_run:
             absent = not launched() and (cfg.gpus or 0) > torch.cuda.device_count()
             if speaks_for_host():
@@ -246,7 +257,7 @@ def _main(argv: list[str], joined: list[Ranks]) -> int:
             prepare(cfg, world, threads=0)
             return launch(MODULE, argv, world, cfg.folder() / "checkpoints" / checkpoint.LAST)
         joined.append(Ranks(use_gpu=cfg.gpus != 0 and torch.cuda.is_available(), timeout=cfg.timeout))
-        stopped = train(cfg, joined[0])
+        stopped = train(cfg, joined[0], own)
     except (ConfigError, DataError, RunError, checkpoint.CheckpointError) as error:
         tell(told(error, joined))
         return DIVERGED if isinstance(error, Diverged) else USER_ERROR
@@ -259,7 +270,7 @@ def _main(argv: list[str], joined: list[Ranks]) -> int:
         tell(told(error, joined))
         return 1
     except Stopped as error:
-        return _stop_outside(folder, error.args[0])
+        return _stop_outside(cfg, own, error.args[0]) if cfg else 128 + error.args[0]
     except KeyboardInterrupt:
         if speaks_for_host():
             tell("stopped; the same command goes on from the last checkpoint, if there is one")

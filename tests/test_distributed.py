@@ -141,7 +141,8 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("asked", "torchrun", "threads"), [("1", False, 1), ("9", False, 2), ("", False, 2), ("1", True, 2)]
+    ("asked", "torchrun", "threads"),
+    [("1", False, 1), ("9", False, 2), ("1,4", False, 1), ("", False, 2), ("1", True, 2)],
 )
 def test_omp_num_threads_counts_unless_torchrun_has_set_it(monkeypatch, asked, torchrun, threads):
     before = torch.get_num_threads()

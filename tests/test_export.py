@@ -259,6 +259,16 @@ def test_the_folder_that_a_link_leads_to_is_written(tmp_path, run):
     assert sorted(child.name for child in tmp_path.iterdir()) == ["folder", "link"]
 
 
+@pytest.mark.parametrize("form", ["huggingface", "safetensors"])
+def test_links_that_lead_nowhere_are_said_before_the_work(tmp_path, run, monkeypatch, capsys, form):
+    monkeypatch.setattr(export.Settings, "encoder", None)
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    (tmp_path / "absent.safetensors").symlink_to("/proc/absent/a.safetensors")
+    for name in ("loop", "absent"):
+        assert command(run, form, tmp_path / f"{name}.safetensors") == 2
+        assert "that can be written, got out=" in capsys.readouterr().err
+
+
 def test_the_current_folder_is_not_replaced(tmp_path, run, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command(run, "huggingface", ".") == 2

@@ -112,6 +112,23 @@ def test_what_is_refused_deletes_no_run(images, tmp_path, capsys, flags, message
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_signal_before_the_first_step_leaves_the_marker_where_a_run_goes_on(images, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    stop_after(monkeypatch, 2)
+    assert run(images, out) == 75
+    monkeypatch.undo()
+    (out / "requeue").unlink()
+    capsys.readouterr()
+    monkeypatch.setattr(run_module, "new_method", lambda *_: signal.raise_signal(signal.SIGTERM))
+    for flags in (("--resume", "never"), ("--seed", "9")):  # neither goes on with it
+        assert run(images, out, *flags) in (128 + signal.SIGTERM, 2)
+        assert "the same command goes on" not in capsys.readouterr().err
+        assert not (out / "requeue").exists()
+    assert run(images, out) == 75
+    assert "stopped after step 2 with a checkpoint; the same command goes on" in capsys.readouterr().err
+    assert (out / "requeue").read_text() == "2\n"
+
+
 def test_auto_finds_chunks_that_fit_and_they_change_nothing(images, tmp_path, monkeypatch, capsys):
     whole, out = ("--bn-chunk", "4", "--epochs", "1"), ("--accumulate", "auto")
     assert run(images, tmp_path / "whole", *whole) == 0

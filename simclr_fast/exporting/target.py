@@ -32,11 +32,11 @@ def check_target(
     if suffixes and path.suffix not in suffixes:
         raise ConfigError(f"{name} must end with {' or '.join(suffixes)}, got {name}={path}")
     try:
-        there = path.exists()
-        try_folder(path.parent)
-    except OSError as error:
+        there, real = path.exists(), path.resolve()
+        try_folder(real.parent)
+    except (OSError, RuntimeError) as error:  # the latter of a link that leads to itself
         raise ConfigError(_unwritable(path, "folder" if files else "file", name, error)) from error
-    if files and path.resolve() == Path.cwd():
+    if files and real == Path.cwd():
         raise ConfigError(f"{name} must be another folder than the current one, got {name}={path}")
     if there:
         _check_there(path, overwrite, files, name)
@@ -80,7 +80,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    path = path.resolve()  # what a link leads to is replaced, not the link
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
     partial, old = (path.with_name(f".{path.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -102,8 +102,8 @@ def _replacing(path: Path) -> Iterator[Path]:
                 left.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, kind: str, name: str, error: OSError) -> str:
-    return f"{name} must be a {kind} that can be written, got {name}={path}: {error.strerror or error}"
+def _unwritable(path: Path, kind: str, name: str, error: Exception) -> str:
+    return f"{name} must be a {kind} that can be written, got {name}={path}: {getattr(error, 'strerror', '') or error}"
 
 
 def _finish(path: Path) -> None:
