@@ -167,7 +167,8 @@ def test_resume_is_exact(images, tmp_path, monkeypatch):  # noqa: F811
     assert untimed(tmp_path / "whole") == untimed(tmp_path / "cut")
 
 
-def test_other_classes_begin_anew(images, tmp_path, monkeypatch, capsys):  # noqa: F811
+@pytest.mark.parametrize("earlier", [False, True])
+def test_other_classes_begin_anew(images, tmp_path, monkeypatch, capsys, earlier):  # noqa: F811
     own, out = shutil.copytree(images, tmp_path / "images"), tmp_path / "run"
     asked = iter(range(1, 100))
     monkeypatch.setattr(run_module.Interrupt, "wanted", lambda *_: (signal.SIGTERM if next(asked) == 4 else 0, False))
@@ -177,6 +178,9 @@ def test_other_classes_begin_anew(images, tmp_path, monkeypatch, capsys):  # noq
         (own / part / "cat").mkdir()
         for number in range(5):
             (own / part / "cat" / f"{number}.jpg").write_bytes(jpeg(5000 + number))
+    last = out / "checkpoints" / "last.pt"
+    if earlier:  # a version that did not write them
+        torch.save({name: value for name, value in checkpoint.read(last).items() if name != "classes"}, last)
     capsys.readouterr()
     assert run(own, out, "--online-linear", "--accept-changed-data") == 0
     assert "the classes are others than before: --online-linear begins anew" in capsys.readouterr().out
