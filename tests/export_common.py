@@ -1,9 +1,15 @@
-"""Encoders to export, and how features are compared, for tests of the formats."""
+"""Encoders to export, the command, and how features are compared, for tests of the formats."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
+from simclr_fast import export, load
 from simclr_fast.pretrained import Encoder, Recipe
+from tests.encoder_common import saved
 
 TINY = dict(arch="resnet8", width=0.125, image_size=16)
 OFFICIAL = dict(arch="resnet50", variant="official", dialect="tf")
@@ -45,3 +51,18 @@ def result(encoder: Encoder, **changes) -> dict:
         "protocol": "knn", "data": "birds", "figures": {"top-1": 0.625}, "weights": encoder.digest(),
         "settings": {"k": None, "temperature": 0.1}, "counts": {"neighbours": 20},
     } | changes  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's folder, as the trainer leaves it, with the result of an evaluation."""
+    folder = tmp_path_factory.mktemp("run")
+    saved(folder, data="/home/somebody/birds")
+    (folder / "evaluations").mkdir()
+    known = result(load(folder), when="now", name="knn-birds")
+    (folder / "evaluations" / "knn-birds.json").write_text(json.dumps(known))
+    return folder
+
+
+def command(run: Path, form: str, out: Path, *flags: str) -> int:
+    return export.main(["--checkpoint", str(run), "--format", form, str(out), *flags])

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from simclr_fast import evaluate
 from simclr_fast.evaluation import pictures, probe
 from tests.pages_common import check
-from tests.train_common import images, jpeg, run
+from tests.train_common import images, jpeg, trained
 
-__all__ = ["images"]  # a fixture is used by its name
+__all__ = ["images", "trained"]  # fixtures are used by their names
 
 
 def clusters(n=90, groups=3, d=16):
@@ -61,13 +61,6 @@ def test_tsne_of_few_or_equal_images():
         points = pictures.tsne(x, 0)[0]
         assert np.shape(points) == (len(x), 2)
         assert np.isfinite(points).all()
-
-
-@pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert run(images, out, "--epochs", "1") == 0
-    return out
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from simclr_fast.evaluation import probe
 from simclr_fast.evaluation.changes import PROPERTIES, Change
 from simclr_fast.evaluation.job import Job
 from simclr_fast.pretrained import Recipe
-from tests.train_common import images, jpeg, run
+from tests.train_common import images, jpeg, trained
 
-__all__ = ["images"]  # a fixture is used by its name
+__all__ = ["images", "trained"]  # fixtures are used by their names
 COLOUR, ROTATION, NOISE, SOBEL = PROPERTIES
 POLICY = Policy(8)
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (POLICY.mean, POLICY.std))
@@ -160,13 +160,6 @@ def test_parts_without_test_images_are_cut_from_one(images):
 def test_bad_settings(given, said):
     with pytest.raises(ConfigError, match=said):
         probe.Settings(checkpoint="x", **given)
-
-
-@pytest.fixture(scope="module")
-def trained(images, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert run(images, out, "--epochs", "1") == 0
-    return out
 
 
 @pytest.fixture

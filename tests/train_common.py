@@ -60,6 +60,14 @@ def whole(images, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    """A run of one epoch."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert run(images, out, "--epochs", "1") == 0
+    return out
+
+
 def command(images, out, *flags):
     return [sys.executable, "-m", "simclr_fast.train", "--data", str(images), "--out", str(out), *SMALL, *flags]
 
