@@ -13,7 +13,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-MOST_EPOCHS, MOST_S = 1_000_000, 2_592_000  # 30 days
+MOST_EPOCHS, MOST_THREADS = 1_000_000, 1024
+MOST_S = 2_592_000  # 30 days
 
 
 class ConfigError(ValueError):
@@ -174,6 +175,7 @@ class Config:
         self._require("timeout", self.timeout <= MOST_S, f"at most {MOST_S:,} s")
         for name in ("gpus", "workers"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
+        self._require("workers", (self.workers or 0) <= MOST_THREADS, f"at most {MOST_THREADS:,}")
         chunks = self.accumulate if self.accumulate.isdecimal() else "1"
         self._require(
             "accumulate",

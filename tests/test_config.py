@@ -92,6 +92,7 @@ def test_bad_config_files(tmp_path, text, match):
         (["--batch", "1"], "no negatives"),
         (["--epochs", "0"], "epochs must be at least 1, got epochs=0"),
         (["--epochs", "100000000000000000000"], "epochs must be at most 1,000,000, got epochs=1000"),
+        (["--workers", "100000"], "workers must be at most 1,024, got workers=100000"),
         (["--timeout", "1e300"], "timeout must be at most 2,592,000 s, got timeout=1e"),
         (["--arch", "resnet51"], "did you mean 'resnet50'"),
         (["--width", "-1"], "width must be positive"),

@@ -248,6 +248,7 @@ def test_no_labels(tmp_path, evaluated):
         (("--lr", "-1"), "lr must be positive"),
         (("--weight-decay", "-1"), "weight_decay must be 0 or more"),
         (("--batch", "0"), "batch must be at least 1"),
+        (("--workers", "100000"), "workers must be at most 1,024"),
         (("--timeout", "1e20"), "timeout must be at most 2,592,000 s"),
         (("--epochs", "10"), "epochs must be left out without --mode sgd, got epochs=10"),
         (("--mode", "sgd", "--l2", "1"), "l2 must be left out without --mode exact, got l2=1.0"),

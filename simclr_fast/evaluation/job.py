@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr_fast.config import MOST_S, ConfigError
+from simclr_fast.config import MOST_S, MOST_THREADS, ConfigError
 from simclr_fast.data import Dataset, Split, fingerprint, open_dataset
 from simclr_fast.distributed import Ranks
 from simclr_fast.features import Extractor, embeddings
@@ -61,6 +61,7 @@ class Work(EncoderFlags):
         self.require("timeout", self.timeout <= MOST_S, f"at most {MOST_S:,} s")
         for name in ("gpus", "workers"):
             self.require(name, getattr(self, name) is None or getattr(self, name) >= 0, "0 or more")
+        self.require("workers", (self.workers or 0) <= MOST_THREADS, f"at most {MOST_THREADS:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
